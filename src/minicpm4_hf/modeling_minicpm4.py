@@ -1,0 +1,305 @@
+"""MiniCPM4: Llama with muP scales, float32 rotary embedding and logits, and InfLLM v2 block-sparse attention.
+
+This file travels with a checkpoint (`save_pretrained` copies it), so it imports torch, transformers and its two
+sibling files only. Dense attention goes through transformers' attention functions; the sparse one is looked up under
+the name "infllm_v2", where the installed package registers its kernels, and is plain PyTorch otherwise.
+"""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_minicpm4 import MiniCPM4Config
+from .sparse_attention import SparsePlan, infllm_v2_attention_forward, plan_sparse_attention
+
+
+class MiniCPM4RMSNorm(LlamaRMSNorm):
+    pass
+
+
+class MiniCPM4MLP(LlamaMLP):
+    pass
+
+
+class MiniCPM4RotaryEmbedding(nn.Module):
+    """Cosine and sine tables `[B, T, D]`, float32 whatever the model's dtype.
+
+    LongRoPE's long factors are used where `max_position_embeddings` exceeds the original length, the short ones
+    otherwise: fixed when the model is built, as in the official code, so that neither a batch neighbour nor the number
+    of generated tokens changes the rotation of a cached key.
+
+    Source: official `modeling_minicpm.py`, class `MiniCPMLongRoPE` (4.1 revision).
+    """
+
+    def __init__(self, config: MiniCPM4Config):
+        super().__init__()
+        self.config = config
+        inv_freq, self.attention_scaling = self.compute_inv_freq(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+
+    @staticmethod
+    def compute_inv_freq(config: MiniCPM4Config, device=None) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies `[D / 2]`, float32, and the factor on cosine and sine."""
+        rope = config.rope_parameters
+        if rope["rope_type"] == "default":
+            dim = config.head_dim
+            exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+            return 1.0 / rope["rope_theta"] ** exponent, 1.0
+        seq_len = None
+        if rope["rope_type"] == "longrope" and config.max_position_embeddings > rope["original_max_position_embeddings"]:
+            seq_len = config.max_position_embeddings
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, device, seq_len=seq_len)
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+class MiniCPM4Attention(LlamaAttention):
+    """Llama's attention with the rotation in float32; block-sparse where the forward pass has a `sparse_plan`."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        sparse_plan: SparsePlan | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)  # [B, HQ, TQ, D]
+        key = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)  # [B, H, TQ, D]
+        value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        query_nope, key_nope = query, key
+        cos, sin = position_embeddings
+        query, key = apply_rotary_pos_emb(query.float(), key.float(), cos, sin)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+
+        if past_key_values is not None:
+            use_nope = self.config.sparse_config is not None and self.config.sparse_config["use_nope"]
+            extra = {"key_nope": key_nope} if use_nope else {}
+            key, value = past_key_values.update(key, value, self.layer_idx, **extra)
+
+        if sparse_plan is None:
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+        else:
+            attention = ALL_ATTENTION_FUNCTIONS.get("infllm_v2", infllm_v2_attention_forward)
+            layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
+            kwargs.update(sparse_plan=sparse_plan, cache_layer=layer, query_nope=query_nope, key_nope=key_nope)
+
+        attn_output, attn_weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
+
+
+class MiniCPM4DecoderLayer(LlamaDecoderLayer):
+    """Llama's layer with both residual branches multiplied by `scale_depth / sqrt(num_hidden_layers)`."""
+
+    def __init__(self, config: MiniCPM4Config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = MiniCPM4Attention(config, layer_idx)
+        self.residual_scale = config.residual_scale
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        branch, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + branch * self.residual_scale
+        branch = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + branch * self.residual_scale
+
+
+class MiniCPM4PreTrainedModel(LlamaPreTrainedModel):
+    config_class = MiniCPM4Config
+    config: MiniCPM4Config
+    _no_split_modules = ["MiniCPM4DecoderLayer"]
+    _can_record_outputs = {"hidden_states": MiniCPM4DecoderLayer, "attentions": MiniCPM4Attention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MiniCPM4RotaryEmbedding):
+            module.inv_freq.copy_(module.compute_inv_freq(module.config)[0])
+
+
+class MiniCPM4Model(MiniCPM4PreTrainedModel):
+    """The decoder without a head; returns the final norm's output, not yet divided by `logits_scaling`."""
+
+    def __init__(self, config: MiniCPM4Config):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(MiniCPM4DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = MiniCPM4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = MiniCPM4RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: `[B, T]` int64; multiplied by `scale_emb` after the embedding.
+            attention_mask: `[B, TK]`, 1 for real tokens; sparse attention takes padding at either end of a row, but
+                no gaps.
+            inputs_embeds: `[B, T, hidden]` instead of `input_ids`, already scaled by the caller (as upstream).
+
+        Raises:
+            ValueError: both or none of `input_ids` and `inputs_embeds`; attention weights asked for on the sparse
+                path; a mask or a cache that sparse attention cannot use.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids) * self.config.scale_emb
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = position_ids.unsqueeze(0)
+
+        sparse_plan = plan_sparse_attention(
+            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs
+        )
+        if sparse_plan is None:
+            attention_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        else:
+            attention_mask = None
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                sparse_plan=sparse_plan,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class MiniCPM4ForCausalLM(MiniCPM4PreTrainedModel, GenerationMixin):
+    """MiniCPM4 with its language-model head; logits are float32."""
+
+    _tied_weights_keys = LlamaForCausalLM._tied_weights_keys
+    _tp_plan = LlamaForCausalLM._tp_plan
+    _pp_plan = LlamaForCausalLM._pp_plan
+    _fsdp_plan = LlamaForCausalLM._fsdp_plan
+
+    def __init__(self, config: MiniCPM4Config):
+        super().__init__(config)
+        self.model = MiniCPM4Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits `[B, T, vocab]` (or the last `logits_to_keep`), and the loss where `labels [B, T]` are given."""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states / self.config.logits_scaling).float()
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MiniCPM4ForSequenceClassification(GenericForSequenceClassification, MiniCPM4PreTrainedModel):
+    """MiniCPM4 with a classification head on the final norm's output, which is not divided (as upstream)."""
+
+    def __init__(self, config: MiniCPM4Config):
+        # Not through the Auto classes, as the generic head does: they would need the package when run as remote code.
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MiniCPM4Model(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = [
+    "MiniCPM4ForCausalLM",
+    "MiniCPM4ForSequenceClassification",
+    "MiniCPM4Model",
+    "MiniCPM4PreTrainedModel",
+]
