@@ -7,10 +7,7 @@ from setuptools import find_packages, setup
 # Import name -> folder. conversion/ and eval/ are packages themselves; kernels/ holds one package a kernel and is none
 # itself: an __init__.py there would shadow Hugging Face's `kernels` for whoever runs Python in this folder.
 # What `minicpm4_hf.kernels` exports is written in src/minicpm4_hf/kernels/__init__.py.
-package_dir = {"": "src"}
-for top in ("conversion", "eval"):
-    if Path(top, "__init__.py").exists():
-        package_dir[f"minicpm4_hf.{top}"] = top
+package_dir = {"": "src", "minicpm4_hf.conversion": "conversion", "minicpm4_hf.eval": "eval"}
 for top in ("kernels", "conversion", "eval"):
     for name in find_packages(top):
         package_dir[f"minicpm4_hf.{top}.{name}"] = f"{top}/{name.replace('.', '/')}"
@@ -24,7 +21,7 @@ setup(
     name="minicpm4-hf",
     version="0.1.0",
     description="MiniCPM4 for transformers 5: trainable sparse attention, long context, conversion and evaluation",
-    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
@@ -39,7 +36,7 @@ setup(
         "serve": SERVE,
         "train": TRAIN,
         "gpu": ["triton"],
-        "eval": ["datasets", "evaluate"],
+        "eval": ["datasets", "evaluate", "matplotlib"],
         "dev": DEV,
         "test": [*DEV, *SERVE, *TRAIN],
     },

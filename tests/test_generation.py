@@ -90,7 +90,8 @@ def test_chunks_of_any_size_equal_the_whole(group, dense_len, tokens):
 def test_batch_equals_rows_alone(group, dense_len, tokens):
     model = build_model(group, sparse={**SMALL_SPARSE, "dense_len": dense_len})
     ids, mask = left_pad(tokens, LENGTHS)
-    settings = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}  # no early end, which would pad the batch
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
     together = model.generate(ids, attention_mask=mask, **settings)
     for row, length in enumerate(LENGTHS):
         alone = model.generate(ids[row : row + 1, -length:], attention_mask=mask[row : row + 1, -length:], **settings)

@@ -34,9 +34,7 @@ def module_name(path):
     return (FOLDERS[folder] + ".".join(parts)).rstrip(".")
 
 
-MODULES = {
-    module_name(path): path for folder in FOLDERS for path in sorted(folder.rglob("*.py")) if "build" not in path.parts
-}
+MODULES = {module_name(path): path for folder in FOLDERS for path in sorted(folder.rglob("*.py"))}
 
 
 def imported_modules(name):

@@ -70,13 +70,16 @@ def test_dense_parity_with_the_equations(tie, tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_logits_are_float32_and_the_rotation_too(dtype, tokens):
-    model = build_model().to(dtype)
-    assert model(tokens(1, 20)).logits.dtype == torch.float32
-    cos, _ = model.model.rotary_emb(torch.zeros(1, dtype=dtype), torch.tensor([[100_001]]))
-    exact = torch.cos(100_001 * model.model.rotary_emb.inv_freq.float())
-    assert cos.dtype == torch.float32
-    torch.testing.assert_close(cos[0, 0, :8], exact, rtol=0, atol=1e-6)
+def test_logits_are_float32_and_the_rotation_too(dtype, tokens, tmp_path):
+    model = build_model()
+    model.save_pretrained(tmp_path)
+    exact = torch.cos(100_001 * (1 / 10000.0 ** (torch.arange(0, 16, 2) / 16)))
+    for cast in (model.to(dtype), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)):
+        assert cast.dtype == dtype
+        assert cast(tokens(1, 20)).logits.dtype == torch.float32
+        cos, _ = cast.model.rotary_emb(torch.zeros(1, dtype=dtype), torch.tensor([[100_001]]))
+        assert cos.dtype == torch.float32
+        torch.testing.assert_close(cos[0, 0, :8], exact, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "flex_attention", "infllm_v2"])

@@ -20,7 +20,8 @@ class _Version(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         from importlib.metadata import version
 
-        parser.exit(message=f"minicpm4-hf {version('minicpm4-hf')}\n")
+        print(f"minicpm4-hf {version('minicpm4-hf')}")
+        parser.exit()
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Start a server in this process and chat with it."""
     parse_sparse(args.sparse)  # before the wait for torch
     check_sampling(args.temperature, args.top_p)
     check_requirements("chat")
@@ -37,11 +38,10 @@ def run(args: argparse.Namespace) -> int:
         loaded = load(args)
         check_chat_template(loaded.tokenizer)
         port = free_port()
+        logging.disable(logging.WARNING)  # the server's log would run through the conversation
         with one_model_server(loaded) as serve:
             server = serve(host="127.0.0.1", port=port, non_blocking=True)
             try:
-                logging.getLogger("uvicorn").setLevel(logging.ERROR)
-                logging.getLogger("uvicorn.access").setLevel(logging.ERROR)
                 wait_until_started(server)
                 # transformers' chat is a client of transformers' server, here one of this process.
                 Chat(
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
                 print()
             finally:
                 server.kill_server()
+                logging.disable(logging.NOTSET)
     return 0
 
 

@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Compare dense and sparse attention on the shipped text."""
     from minicpm4_hf.shipped import shipped_checkpoint, shipped_excerpt
 
     started = time.perf_counter()

@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Read the prompt, load the model, continue it."""
     prompt = read_prompt(args.prompt, args.prompt_file)
     check_sampling(args.temperature, args.top_p)
     parse_sparse(args.sparse)  # before the wait for torch

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the facts of `describe`."""
     changes = {"dense": args.dense, "sparse": parse_sparse(args.sparse), "context": args.context}
     with quiet():
         if args.preset is None:

@@ -183,16 +183,21 @@ def load_config(folder: Path, *, dense: bool = False, sparse: dict | None = None
     import minicpm4_hf  # noqa: F401  registers the model types
 
     content = _read_json(folder / "config.json", f"{str(folder)!r} is not a checkpoint: it has no config.json.")
-    model_type = content.get("model_type")
+    # Official files may leave it out; then the class is told by their `auto_map`.
+    _check_model_type(folder, content.get("model_type", "minicpm"))
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        _check_model_type(folder, config.model_type)
+        return change_config(config, dense=dense, sparse=sparse, context=context)
+    except StrictDataclassError as error:
+        raise ValueError(f"The config in {str(folder)!r} is not valid: {error.__cause__ or error}") from error
+
+
+def _check_model_type(folder: Path, model_type: str) -> None:
     if model_type not in MODEL_TYPES:
         raise ValueError(
             f"The model in {str(folder)!r} is of type {model_type!r}; this program runs {', '.join(MODEL_TYPES)}."
         )
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        return change_config(config, dense=dense, sparse=sparse, context=context)
-    except StrictDataclassError as error:
-        raise ValueError(f"The config in {str(folder)!r} is not valid: {error.__cause__ or error}") from error
 
 
 def change_config(config, *, dense: bool = False, sparse: dict | None = None, context: int | None = None):
@@ -277,10 +282,13 @@ def load_tokenizer(folder: Path):
     """
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    if not any((folder / name).is_file() for name in names):
         raise FileNotFoundError(
             f"{str(folder)!r} has no tokenizer (tokenizer.json); copy it from the original checkpoint."
         )
+    if (folder / names[0]).is_file() and not {"model", "added_tokens"} <= set(_read_json(folder / names[0], "")):
+        raise ValueError(f"{str(folder / names[0])!r} is no tokenizer; copy it from the original checkpoint again.")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Serve until interrupted."""
     parse_sparse(args.sparse)  # before the wait for torch
     check_requirements("serve")
     check_address(args.host, args.port)

@@ -89,7 +89,7 @@ class MiniCPM4Config(LlamaConfig):
             attention. Keys left out get the official value.
 
     Raises:
-        ValueError: a setting out of its range, or `dim_model_base` missing (see `validate_scales`).
+        ValueError: a setting out of its range, or `dim_model_base` missing.
 
     Source: MiniCPM4 technical report (arXiv:2506.07900) and the configs of the official checkpoints.
     """
@@ -115,6 +115,11 @@ class MiniCPM4Config(LlamaConfig):
         super().__setattr__(name, value)
 
     def __post_init__(self, **kwargs):
+        if self.dim_model_base is None:
+            raise ValueError(missing_dim_model_base(self.hidden_size))
+        for name in ("scale_emb", "scale_depth", "dim_model_base"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)}.")
         super().__post_init__(**kwargs)
         rope = self.rope_parameters
         if rope and rope.get("rope_type") == "longrope" and rope.get("factor") is None:
@@ -133,17 +138,6 @@ class MiniCPM4Config(LlamaConfig):
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
                 f"({self.num_key_value_heads})."
             )
-
-    def validate_scales(self):
-        if self.dim_model_base is None:
-            raise ValueError(missing_dim_model_base(self.hidden_size))
-        for name in ("scale_emb", "scale_depth", "dim_model_base"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)}.")
-
-    def validate_sparse_config(self):
-        if self.sparse_config is not None:
-            complete_sparse_config(self.sparse_config)
 
     @property
     def residual_scale(self) -> float:

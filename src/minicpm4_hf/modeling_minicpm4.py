@@ -64,10 +64,22 @@ class MiniCPM4RotaryEmbedding(nn.Module):
             dim = config.head_dim
             exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
             return 1.0 / rope["rope_theta"] ** exponent, 1.0
+        if rope["rope_type"] == "dynamic":
+            raise NotImplementedError(
+                "RoPE type 'dynamic' rotates a key differently as the text grows, which cached keys cannot follow; set "
+                "`rope_parameters` to a fixed type ('default', 'linear', 'yarn' or 'longrope')."
+            )
         seq_len = None
         if rope["rope_type"] == "longrope" and config.max_position_embeddings > rope["original_max_position_embeddings"]:
             seq_len = config.max_position_embeddings
         return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, device, seq_len=seq_len)
+
+    def _apply(self, fn, recurse=True):
+        # `model.to(torch.bfloat16)` would round the frequencies: at position 100,000 that turns keys by whole radians.
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != torch.float32:
+            self.inv_freq = nn.Buffer(self.compute_inv_freq(self.config, self.inv_freq.device)[0], persistent=False)
+        return self
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,7 +32,7 @@ def build_model(group=4, *, heads=2, sparse=SMALL_SPARSE, seed=0, **settings):
             "dim_model_base": 32,
             "max_position_embeddings": 4096,
             "eos_token_id": 96,
-            "pad_token_id": 0,
+            "pad_token_id": 96,
             "sparse_config": sparse,
             **settings,
         }
