@@ -25,7 +25,7 @@ INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 
 # Remote code: each layout has its own, neither is copied into the other.
-REMOTE_CODE = ("configuration_minicpm4.py", "sparse_attention.py", "modeling_minicpm4.py")
+REMOTE_CODE = ("configuration_minicpm4.py", "sparse_attention.py", "sparse_cache.py", "modeling_minicpm4.py")
 OFFICIAL_REMOTE_CODE = ("configuration_minicpm.py", "modeling_minicpm.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_minicpm4.MiniCPM4Config",

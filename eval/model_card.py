@@ -3,9 +3,9 @@
     python -m minicpm4_hf.eval.model_card
 
 run in the repository's root, rewrites `model_cards/minicpm4-books.md` from its template and the JSON files in
-`model_cards/records/minicpm4-books`, the copy that ships beside the weights, the plot of the training, and the block of
-figures in README.md. A template is ordinary Markdown with `{record[key][key]:format}` fields, `record` being a JSON
-file's name.
+`model_cards/records/minicpm4-books`, the copy that ships beside the weights, the plot of the training, and the
+block of figures in README.md. A template is ordinary Markdown with `{record[key][key]:format}` fields, `record`
+being a JSON file's name.
 """
 
 import argparse
@@ -43,7 +43,9 @@ def curve_table(curve: list[dict]) -> str:
     """The training curve as a Markdown table, one row an evaluation."""
     books = list(curve[0]["excerpt_bits_per_byte"])
     lines = [
-        "| step | tokens | learning rate | training loss (nats) | " + " | ".join(f"{b}, bits/byte" for b in books) + " |",
+        "| step | tokens | learning rate | training loss (nats) | "
+        + " | ".join(f"{b}, bits/byte" for b in books)
+        + " |",
         "|---|---|---|---|" + "---|" * len(books),
     ]
     for row in curve:
@@ -93,7 +95,9 @@ def render(root: Path) -> dict[Path, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m minicpm4_hf.eval.model_card", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m minicpm4_hf.eval.model_card", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--root", type=Path, default=Path("."), help="the repository (default: the current folder)")
     args = parser.parse_args(argv)
     try:

@@ -7,7 +7,7 @@ import torch
 from small_models import SMALL_SPARSE, build_model
 from transformers import DynamicCache, StaticCache
 
-from minicpm4_hf.sparse_attention import SparseLayer
+from minicpm4_hf.sparse_cache import SparseLayer
 
 
 def fill(layer, num_tokens, *, batch=2, step=1):
@@ -138,7 +138,7 @@ def test_padding_that_moves_pools_anew(tokens):
 def test_static_cache_says_what_to_use(tokens):
     model = build_model(sparse={**SMALL_SPARSE, "dense_len": 64})
     ids = tokens(1, 80)
-    with pytest.raises(ValueError, match="dynamic cache"):
+    with pytest.raises(ValueError, match="cache_implementation='dynamic'"):
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, cache_implementation="static")
     with torch.no_grad():  # one that cannot reach the sparse lengths is fine
         cache = StaticCache(config=model.config, max_cache_len=60)

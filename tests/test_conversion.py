@@ -82,6 +82,7 @@ def test_round_trip(official, tmp_path):
         "generation_config.json",
         "modeling_minicpm4.py",
         "sparse_attention.py",
+        "sparse_cache.py",
         "tokenizer.json",
     }
     config = json.loads((hf_folder / "config.json").read_text())

@@ -90,7 +90,11 @@ def test_chunks_of_any_size_equal_the_whole(group, dense_len, tokens):
 def test_batch_equals_rows_alone(group, dense_len, tokens):
     model = build_model(group, sparse={**SMALL_SPARSE, "dense_len": dense_len})
     ids, mask = left_pad(tokens, LENGTHS)
-    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}  # no early end, which would pad the batch
+    settings = {
+        "max_new_tokens": 12,
+        "min_new_tokens": 12,
+        "do_sample": False,
+    }  # no early end, which would pad the batch
     settings |= {"output_logits": True, "return_dict_in_generate": True}
     together = model.generate(ids, attention_mask=mask, **settings)
     for row, length in enumerate(LENGTHS):
@@ -131,7 +135,9 @@ def test_speculation_equals_greedy(group, how, tokens):
         extra["assistant_model"] = build_model(group, seed=0, num_hidden_layers=1)
         extra["assistant_model"].model.layers[0] = model.model.layers[0]  # a draft that is right now and then
         extra["assistant_model"].model.embed_tokens = model.model.embed_tokens
-    greedy = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, use_cache=False)
+    greedy = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, use_cache=False
+    )
     fast = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, **extra)
     assert torch.equal(fast, greedy)
 
@@ -145,7 +151,10 @@ def test_speculative_sampling_keeps_the_distribution(tokens):
     torch.manual_seed(0)
     draws = [int(model.generate(ids, assistant_model=draft, **settings)[0, 90]) for _ in range(300)]
     with torch.no_grad():
-        probabilities, best = model(ids).logits[0, -1].topk(4).values.softmax(-1), model(ids).logits[0, -1].topk(4).indices
+        probabilities, best = (
+            model(ids).logits[0, -1].topk(4).values.softmax(-1),
+            model(ids).logits[0, -1].topk(4).indices,
+        )
     counts = torch.tensor([draws.count(int(token)) for token in best], dtype=torch.float32)
     assert counts.sum() == 300
     assert ((counts - 300 * probabilities) ** 2 / (300 * probabilities)).sum() < 16.3  # 3 degrees of freedom

@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_committed_texts_are_what_the_records_say():
     for path, text in render(ROOT).items():
-        assert (ROOT / path).read_text(encoding="utf-8") == text, f"run `python -m minicpm4_hf.eval.model_card` ({path})"
+        assert (ROOT / path).read_text(encoding="utf-8") == text, (
+            f"run `python -m minicpm4_hf.eval.model_card` ({path})"
+        )
 
 
 def test_the_records_hold_what_was_promised():

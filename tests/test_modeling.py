@@ -66,7 +66,9 @@ def test_dense_parity_with_the_equations(tie, tokens):
     with torch.no_grad():
         # what is left is the float32 rounding of rotation and logits, about 1e-6 of the largest logit
         expected = plain_logits(model, ids)
-        torch.testing.assert_close(model(ids).logits.double(), expected, rtol=0, atol=3e-6 * expected.abs().max().item())
+        torch.testing.assert_close(
+            model(ids).logits.double(), expected, rtol=0, atol=3e-6 * expected.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

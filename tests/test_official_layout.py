@@ -291,13 +291,14 @@ def test_2024_is_saved_as_what_it_is(folders, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-def test_minicpm4_is_saved_with_its_three_remote_code_files(folders, tmp_path):
+def test_minicpm4_is_saved_with_its_remote_code_files(folders, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folders["MiniCPM4-8B"][0])
     model.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.py")) == [
         "configuration_minicpm4.py",
         "modeling_minicpm4.py",
         "sparse_attention.py",
+        "sparse_cache.py",
     ]
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["model_type"] == "minicpm4"

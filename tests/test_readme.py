@@ -14,7 +14,7 @@ SET_UP = ("pip install -c constraints.txt . && minicpm4 demo", 'pip install -c c
 NOT_RUN = "<!-- not run: needs a download -->"
 
 # (the line before the fence, the language, the text)
-BLOCKS = re.findall(r"^(.*)\n```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^([^\n]*)\n```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 LINES = [line for _, language, text in BLOCKS if not language for line in text.splitlines()]
 COMMANDS = [line for line in LINES if line not in SET_UP]
 

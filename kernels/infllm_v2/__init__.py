@@ -89,7 +89,9 @@ def _check_tensors(q, k, v, kv_start) -> None:
         if tensor.dim() != 4:
             raise ValueError(f"`{name}` must have shape [batch, heads, tokens, head_dim], got {list(tensor.shape)}.")
         if not tensor.is_floating_point() or tensor.dtype != q.dtype:
-            raise ValueError(f"`q`, `k` and `v` must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
+            raise ValueError(
+                f"`q`, `k` and `v` must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}."
+            )
         if tensor.device != q.device:
             raise ValueError(f"`q`, `k` and `v` must be on one device, got {q.device}, {k.device} and {v.device}.")
     if k.shape != v.shape:

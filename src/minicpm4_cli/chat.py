@@ -10,7 +10,7 @@ import logging
 import time
 
 from .generate import check_chat_template, check_sampling
-from .loading import add_model_arguments, load, parse_sparse, positive_int, quiet
+from .loading import Loaded, add_model_arguments, load, parse_sparse, positive_int, quiet
 from .serve import check_requirements, one_model_server
 
 _START_SECONDS = 30
@@ -32,31 +32,33 @@ def run(args: argparse.Namespace) -> int:
     parse_sparse(args.sparse)  # before the wait for torch
     check_sampling(args.temperature, args.top_p)
     check_requirements("chat")
-    from transformers.cli.chat import Chat
-
     with quiet():
         loaded = load(args)
         check_chat_template(loaded.tokenizer)
-        port = free_port()
         logging.disable(logging.WARNING)  # the server's log would run through the conversation
-        with one_model_server(loaded) as serve:
-            server = serve(host="127.0.0.1", port=port, non_blocking=True)
-            try:
-                wait_until_started(server)
-                # transformers' chat is a client of transformers' server, here one of this process.
-                Chat(
-                    loaded.name,
-                    f"http://127.0.0.1:{port}",
-                    generate_flags=generate_flags(loaded.model.generation_config, args),
-                    system_prompt=args.system,
-                    user="you",
-                )
-            except EOFError:  # end of a piped conversation, or Ctrl-D
-                print()
-            finally:
-                server.kill_server()
-                logging.disable(logging.NOTSET)
+        try:
+            converse(loaded, generate_flags(loaded.model.generation_config, args), args.system)
+        except EOFError:  # end of a piped conversation, or Ctrl-D
+            print()
+        finally:
+            logging.disable(logging.NOTSET)
     return 0
+
+
+def converse(loaded: Loaded, flags: list[str], system_prompt: str | None) -> None:
+    """Run transformers' chat, which is a client of transformers' server: here one of this process."""
+    from transformers.cli.chat import Chat
+
+    port = free_port()
+    with one_model_server(loaded) as serve:
+        server = serve(host="127.0.0.1", port=port, non_blocking=True)
+        try:
+            wait_until_started(server)
+            Chat(
+                loaded.name, f"http://127.0.0.1:{port}", generate_flags=flags, system_prompt=system_prompt, user="you"
+            )
+        finally:
+            server.kill_server()
 
 
 def generate_flags(defaults, args: argparse.Namespace) -> list[str]:

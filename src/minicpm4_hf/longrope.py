@@ -75,7 +75,7 @@ def extend_context(config: MiniCPM4Config, length: int) -> MiniCPM4Config:
     rope = config.rope_parameters or {}
     if rope.get("rope_type") != "longrope":
         raise ValueError(
-            f"`extend_context` needs a config with LongRoPE factors, got rope type {rope.get('rope_type', 'default')!r}."
+            f"`extend_context` needs LongRoPE factors, got rope type {rope.get('rope_type', 'default')!r}."
         )
     if rope["short_factor"] != rope["long_factor"]:
         raise ValueError("`extend_context` needs equal `short_factor` and `long_factor`, got two different lists.")

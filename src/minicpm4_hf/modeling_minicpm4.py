@@ -1,7 +1,7 @@
 """MiniCPM4: Llama with muP scales, float32 rotary embedding and logits, and InfLLM v2 block-sparse attention.
 
-This file travels with a checkpoint (`save_pretrained` copies it), so it imports torch, transformers and its two
-sibling files only. Dense attention goes through transformers' attention functions; the sparse one is looked up under
+This file travels with a checkpoint (`save_pretrained` copies it), so it imports torch, transformers and its sibling
+files only. Dense attention goes through transformers' attention functions; the sparse one is looked up under
 the name "infllm_v2", where the installed package registers its kernels, and is plain PyTorch otherwise.
 """
 
@@ -29,7 +29,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_minicpm4 import MiniCPM4Config
-from .sparse_attention import SparsePlan, infllm_v2_attention_forward, plan_sparse_attention
+from .sparse_cache import SparsePlan, infllm_v2_attention_forward, plan_sparse_attention
 
 
 class MiniCPM4RMSNorm(LlamaRMSNorm):
@@ -66,11 +66,14 @@ class MiniCPM4RotaryEmbedding(nn.Module):
             return 1.0 / rope["rope_theta"] ** exponent, 1.0
         if rope["rope_type"] == "dynamic":
             raise NotImplementedError(
-                "RoPE type 'dynamic' rotates a key differently as the text grows, which cached keys cannot follow; set "
-                "`rope_parameters` to a fixed type ('default', 'linear', 'yarn' or 'longrope')."
+                "RoPE type 'dynamic' rotates a key differently as the text grows, which cached keys cannot follow; "
+                "set `rope_parameters` to a fixed type ('default', 'linear', 'yarn' or 'longrope')."
             )
         seq_len = None
-        if rope["rope_type"] == "longrope" and config.max_position_embeddings > rope["original_max_position_embeddings"]:
+        if (
+            rope["rope_type"] == "longrope"
+            and config.max_position_embeddings > rope["original_max_position_embeddings"]
+        ):
             seq_len = config.max_position_embeddings
         return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, device, seq_len=seq_len)
 

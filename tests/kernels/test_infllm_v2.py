@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from definitions import naive_sparse_attention
 
 from minicpm4_hf.kernels.infllm_v2 import sparse_attention
-from minicpm4_hf.sparse_attention import CompressedKeys, count_pooled, pool_keys
+from minicpm4_hf.sparse_attention import count_pooled, pool_keys
+from minicpm4_hf.sparse_cache import CompressedKeys
 
 SMALL = {"kernel_size": 8, "kernel_stride": 4, "block_size": 16, "init_blocks": 1, "window_size": 32, "topk": 3}
 GROUPS = pytest.mark.parametrize("group", [1, 3, 8, 16], ids=lambda g: f"G{g}")
@@ -75,7 +76,7 @@ def test_parity_over_settings(settings):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dim", [16, 64, 96, 128], ids=lambda d: f"D{d}")
 def test_low_precision_error(dtype, dim):
-    """At most twice the error of the same maths written plainly in the same dtype, over the blocks that were picked."""
+    """At most twice the error of the same maths written plainly in that dtype, over the blocks that were picked."""
     q, k, v = make_inputs(2, 200, 2, 4, dim, dtype=dtype)
     out, blocks = sparse_attention(q, k, v, **SMALL)
     mask = block_mask(blocks, 200, 200, 16)

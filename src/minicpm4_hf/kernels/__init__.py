@@ -7,7 +7,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from minicpm4_hf.sparse_attention import infllm_v2_attention_forward as _reference_forward
+from minicpm4_hf.sparse_cache import infllm_v2_attention_forward as _reference_forward
 
 # What can run InfLLM v2 in this version, and the device types it serves (None: all).
 BACKENDS = {"reference": None}
@@ -35,7 +35,7 @@ def resolve_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
         return backend, "asked for by name"
     if backend in _RESERVED:
         raise NotImplementedError(
-            f"`backend={backend!r}` is not part of this version; use 'reference' (plain PyTorch, any device) or 'auto'."
+            f"`backend={backend!r}` is not part of this version; use 'reference' (PyTorch, any device) or 'auto'."
         )
     raise ValueError(f"`backend` must be 'auto', {', '.join(map(repr, (*BACKENDS, *_RESERVED)))}, got {backend!r}.")
 

@@ -337,6 +337,7 @@ def total_nats(model, tokens: np.ndarray, length: int, *, autocast: bool) -> flo
 
 
 def build_optimizer(model, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW with weight decay on the matrices only."""
     matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
     vectors = [weight for weight in model.parameters() if weight.ndim < 2]
     groups = [

@@ -1,0 +1,369 @@
+"""What a forward pass with InfLLM v2 needs around the operation: the cache layer, the plan, the attention function.
+
+This file travels with a checkpoint (`save_pretrained` copies it), so it imports torch, transformers and its sibling
+`sparse_attention.py` only.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+from .sparse_attention import COARSE, count_pooled, dense_attention, pool_keys, sparse_attention
+
+
+class GrowingBuffer:
+    """A tensor `[B, H, T, D]` that grows along T; spare room is doubled, so appending T tokens copies O(T)."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.storage = tensor
+        self.length = tensor.shape[2]
+
+    @property
+    def filled(self) -> torch.Tensor:
+        return self.storage[:, :, : self.length]
+
+    def resize_(self, length: int) -> None:
+        """Set the length; what lies beyond the old one is undefined until written."""
+        if length > self.storage.shape[2] or (self.storage.is_inference() and not torch.is_inference_mode_enabled()):
+            batch, heads, capacity, dim = self.storage.shape
+            grown = self.storage.new_empty(batch, heads, max(length, 2 * capacity), dim)
+            grown[:, :, : self.length] = self.filled
+            self.storage = grown
+        self.length = length
+
+    def append_(self, new: torch.Tensor) -> None:
+        if torch.is_grad_enabled() and (new.requires_grad or self.storage.requires_grad):
+            self.storage = torch.cat((self.filled, new), 2)  # writing in place would break the graph
+            self.length = self.storage.shape[2]
+            return
+        begin = self.length
+        self.resize_(begin + new.shape[2])
+        self.storage[:, :, begin : self.length] = new
+
+
+class CompressedKeys:
+    """Both streams of pooled keys of one layer, brought up to date when asked for.
+
+    Rows may begin at different keys (left padding): a row's windows are counted from its own first key. Entries that a
+    row has not filled yet are undefined; no query sees them.
+    """
+
+    def __init__(self):
+        self.streams: dict[int, GrowingBuffer] = {}  # by pooling factor: 1 and COARSE
+        self.num_tokens = 0  # keys pooled so far
+        self.starts: torch.Tensor | None = None  # [B] int64 on the CPU
+
+    def update(
+        self, k: torch.Tensor, kv_start: torch.Tensor | None, kernel_size: int, kernel_stride: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pool the windows that `k [B, H, TK, D]` has completed since the last call; returns both streams."""
+        starts = torch.zeros(k.shape[0], dtype=torch.int64) if kv_start is None else kv_start.to("cpu", torch.int64)
+        if self.starts is None or not torch.equal(starts, self.starts):
+            self.streams, self.num_tokens, self.starts = {}, 0, starts
+        uniform = bool((starts == starts[0]).all())
+        rows = (
+            [(slice(None), int(starts[0]))]
+            if uniform
+            else [(slice(i, i + 1), s) for i, s in enumerate(starts.tolist())]
+        )
+        for factor in (1, COARSE):
+            size, stride = factor * kernel_size, factor * kernel_stride
+            if factor not in self.streams:
+                self.streams[factor] = GrowingBuffer(k.new_empty(k.shape[0], k.shape[1], 0, k.shape[3]))
+            stream = self.streams[factor]
+            if stream.storage.device != k.device:
+                stream.storage = stream.storage.to(k.device)
+            stream.resize_(count_pooled(k.shape[2] - int(starts.min()), size, stride))
+            for row, start in rows:
+                done, now = (count_pooled(length - start, size, stride) for length in (self.num_tokens, k.shape[2]))
+                if now > done:
+                    window = k[row, :, start + done * stride : start + (now - 1) * stride + size].detach()
+                    stream.storage[row, :, done:now] = pool_keys(window, size, stride)
+        self.num_tokens = k.shape[2]
+        return self.streams[1].filled, self.streams[COARSE].filled
+
+    def crop(self, num_tokens: int) -> None:
+        self.num_tokens = min(self.num_tokens, num_tokens)
+
+    def map_rows(self, change) -> None:
+        for stream in self.streams.values():
+            stream.storage = change(stream.storage)
+        if self.starts is not None:
+            self.starts = change(self.starts)
+
+    def to(self, device) -> None:
+        for stream in self.streams.values():
+            stream.storage = stream.storage.to(device, non_blocking=True)
+
+
+class SparseLayer(DynamicLayer):
+    """Cache layer for InfLLM v2: keys, values and both pooled-key streams, in buffers that grow by doubling.
+
+    With `use_nope` it also keeps the unrotated keys, which are pooled instead of the rotated ones.
+    """
+
+    def __init__(self, **kwargs):
+        self._buffers: dict[str, GrowingBuffer] = {}
+        self.compressed = CompressedKeys()
+        super().__init__(**kwargs)
+
+    def _get(self, name: str) -> torch.Tensor | None:
+        return self._buffers[name].filled if name in self._buffers else None
+
+    def _set(self, name: str, tensor: torch.Tensor | None) -> None:
+        if tensor is None:
+            self._buffers.pop(name, None)
+        else:
+            self._buffers[name] = GrowingBuffer(tensor)
+
+    # Plain tensors to the rest of transformers, which reads and assigns them.
+    keys = property(lambda self: self._get("keys"), lambda self, tensor: self._set("keys", tensor))
+    values = property(lambda self: self._get("values"), lambda self, tensor: self._set("values", tensor))
+    nope_keys = property(lambda self: self._get("nope_keys"), lambda self, tensor: self._set("nope_keys", tensor))
+
+    @classmethod
+    def adopt(cls, layer: DynamicLayer) -> "SparseLayer":
+        """A sparse layer with what a plain `DynamicLayer` holds."""
+        adopted = cls()
+        if layer.is_initialized and layer.get_seq_length():
+            adopted.lazy_initialization(layer.keys, layer.values)
+            adopted.keys, adopted.values = layer.keys, layer.values
+        return adopted
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, key_nope=None, **kwargs):
+        """Append `[B, H, T, D]` keys and values (and unrotated keys); returns all keys and values so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = {"keys": key_states, "values": value_states, "nope_keys": key_nope}
+        for name, tensor in new.items():
+            if tensor is None:
+                continue
+            if name in self._buffers and self._buffers[name].length:
+                self._buffers[name].append_(tensor)
+            else:
+                self._set(name, tensor)
+        return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove >= 0 or not self.is_initialized:
+            super().crop(tokens_to_remove)  # nothing to do, or the error of transformers
+            return
+        for buffer in self._buffers.values():
+            buffer.length = max(buffer.length + tokens_to_remove, 0)
+        self.compressed.crop(self.get_seq_length())
+
+    def _map_rows(self, change) -> None:
+        for buffer in self._buffers.values():
+            buffer.storage = change(buffer.storage)
+        self.compressed.map_rows(change)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map_rows(lambda tensor: tensor[indices.to(tensor.device), ...])
+
+    def reset(self) -> None:
+        super().reset()
+        self.nope_keys = None
+        self.compressed = CompressedKeys()
+
+    def offload(self) -> None:
+        super().offload()
+        if self.nope_keys is not None:
+            self.nope_keys = self.nope_keys.to("cpu", non_blocking=True)
+        self.compressed.to("cpu")
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        if self.is_initialized:
+            if self.nope_keys is not None:
+                self.nope_keys = self.nope_keys.to(self.device, non_blocking=True)
+            self.compressed.to(self.device)
+
+
+@dataclass
+class SparsePlan:
+    """What one forward pass has to know to run sparse; None instead of a plan means: dense."""
+
+    settings: dict  # the full `sparse_config`
+    kv_start: torch.Tensor | None  # [B] int64, first real key of each row; None where every row begins at 0
+
+
+def _first_keys(attention_mask: torch.Tensor | None, num_keys: int) -> torch.Tensor | None:
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] != num_keys:
+        raise ValueError(
+            f"Sparse attention takes an `attention_mask` of shape [batch, {num_keys}] (past and new tokens), got "
+            f"{list(attention_mask.shape)}."
+        )
+    real = attention_mask.bool()
+    if real.all():
+        return None
+    positions = torch.arange(num_keys, device=real.device)
+    first = torch.where(real, positions, num_keys).amin(1)
+    last = torch.where(real, positions, -1).amax(1)
+    if ((last - first + 1).clamp(min=0) != real.sum(1)).any():
+        raise ValueError(
+            "Sparse attention takes padding at the ends of a row only, but this `attention_mask` has a gap between "
+            "real tokens; use left padding for generation (`tokenizer.padding_side = 'left'`)."
+        )
+    return first
+
+
+def use_sparse_layers(cache: Cache, dense_len: int) -> None:
+    """Replace a cache's plain layers by sparse ones, in place and with their contents.
+
+    Raises:
+        ValueError: the cache has layers that cannot hold pooled keys.
+    """
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = SparseLayer
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, SparseLayer):
+            continue
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = SparseLayer.adopt(layer)
+        elif not (isinstance(layer, StaticLayer) and layer.get_max_length() < dense_len):
+            raise ValueError(
+                f"Sparse attention keeps pooled keys, which a cache with {type(layer).__name__} has no place for; use "
+                "the default one (`cache_implementation='dynamic'`, or a `DynamicCache(config=model.config)`), or "
+                "set `config.sparse_config = None` for dense attention."
+            )
+
+
+def plan_sparse_attention(
+    config,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    past_key_values: Cache | None,
+    kwargs: dict,
+) -> SparsePlan | None:
+    """Decide whether a forward pass runs dense (None) or sparse, and check that it can.
+
+    It is dense without a `sparse_config`, and while even the longest row is shorter than `dense_len`.
+
+    Raises:
+        ValueError: attention weights asked for, packed sequences, a mask with gaps, or an unfit cache.
+    """
+    settings = config.sparse_config
+    if settings is None:
+        return None
+    if past_key_values is not None:
+        use_sparse_layers(past_key_values, settings["dense_len"])
+    past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+    num_keys = int(past_length) + inputs_embeds.shape[1]
+    if num_keys < settings["dense_len"]:
+        return None
+    if kwargs.get("output_attentions") or config.output_attentions:
+        raise ValueError(
+            "`output_attentions` is not available with sparse attention, which never forms the full weights; set "
+            "`config.sparse_config = None` and `attn_implementation='eager'` to get them."
+        )
+    kv_start = _first_keys(attention_mask, num_keys)
+    if attention_mask is None and (position_ids.diff(dim=-1) <= 0).any():
+        raise ValueError(
+            "Sparse attention takes one sequence a row, but these `position_ids` start anew inside a row (packed "
+            "sequences); pass each sequence as a row of its own with left padding and an `attention_mask`."
+        )
+    return SparsePlan(settings, kv_start)
+
+
+def infllm_v2_attention_forward(
+    module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    sparse_plan: SparsePlan,
+    cache_layer: SparseLayer | None = None,
+    query_nope: torch.Tensor | None = None,
+    key_nope: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    operation=sparse_attention,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function for a pass with a plan: `[B, HQ, TQ, D]` in, `[B, TQ, HQ, D]` out.
+
+    A query attends densely while its own length, counted from its row's first key, is below `dense_len`. Upstream
+    decides once for the whole batch by the longest row, so that a prompt's result depends on its neighbours and on how
+    it is cut into chunks; decided a query at a time it depends on neither.
+
+    Args:
+        operation: what runs the sparse queries, with the signature of `sparse_attention`.
+
+    Raises:
+        ValueError: attention dropout, which block selection does not support.
+    """
+    if dropout:
+        raise ValueError(f"`attention_dropout` must be 0 with sparse attention, got {dropout}.")
+    settings, kv_start = sparse_plan.settings, sparse_plan.kv_start
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    starts = [0] * query.shape[0] if kv_start is None else kv_start.tolist()
+    num_dense = [min(max(settings["dense_len"] - 1 + s - (num_keys - num_queries), 0), num_queries) for s in starts]
+
+    compressed, q_select = None, None
+    if min(num_dense) < num_queries:
+        pooled = cache_layer.compressed if cache_layer is not None else CompressedKeys()
+        source = key
+        if settings["use_nope"]:
+            source = key_nope if cache_layer is None else cache_layer.nope_keys
+            q_select = query_nope
+            if source is None or source.shape[2] != num_keys:
+                raise ValueError("`use_nope` needs a cache that held unrotated keys from its first token on.")
+        compressed = pooled.update(source.to(key.device), kv_start, settings["kernel_size"], settings["kernel_stride"])
+
+    def attend(rows: slice, dense: int) -> torch.Tensor:
+        q, k, v = query[rows], key[rows], value[rows]
+        parts = []
+        if dense:
+            end = num_keys - num_queries + dense
+            parts.append(_dense_rows(q[:, :, :dense], k[:, :, :end], v[:, :, :end], starts[rows], scaling))
+        if dense < num_queries:
+            out, _ = operation(
+                q[:, :, dense:],
+                k,
+                v,
+                **{n: settings[n] for n in settings if n not in ("use_nope", "dense_len")},
+                scale=scaling,
+                kv_start=None if kv_start is None else kv_start[rows],
+                q_select=None if q_select is None else q_select[rows][:, :, dense:],
+                compressed=(compressed[0][rows], compressed[1][rows]),
+            )
+            parts.append(out)
+        return torch.cat(parts, 2)
+
+    if len(set(num_dense)) == 1:
+        out = attend(slice(None), num_dense[0])
+    else:
+        out = torch.cat([attend(slice(i, i + 1), dense) for i, dense in enumerate(num_dense)])
+    return out.transpose(1, 2), None
+
+
+def _dense_rows(q, k, v, starts: list[int], scale: float) -> torch.Tensor:
+    """`dense_attention` where rows may begin at different keys; 0 for queries before a row's first key."""
+    if not any(starts):
+        return dense_attention(q, k, v, scale=scale)
+    outs = []
+    for row, start in enumerate(starts):
+        num_padding = min(max(q.shape[2] - max(k.shape[2] - start, 0), 0), q.shape[2])
+        out = q.new_zeros(1, q.shape[1], num_padding, q.shape[3])
+        if num_padding < q.shape[2]:
+            b = slice(row, row + 1)
+            real = dense_attention(q[b, :, num_padding:], k[b, :, start:], v[b, :, start:], scale=scale)
+            out = torch.cat((out, real), 2)
+        outs.append(out)
+    return torch.cat(outs)
