@@ -170,7 +170,7 @@ def test_attention_factor_survives_a_saved_config(tmp_path):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="needs a config with LongRoPE factors, got rope type 'default'"):
+    with pytest.raises(ValueError, match="needs LongRoPE factors, got rope type 'default'"):
         extend_context(MiniCPM4Config(), 65536)
     config = build_config("MiniCPM4-8B")
     config.rope_parameters["short_factor"] = [1.0] * 64

@@ -195,8 +195,9 @@ def test_tensor_parallel_plan_names_real_modules():
     assert "lm_head" in MiniCPM4ForCausalLM._tp_plan
 
 
-def test_dense_decode_step_compiles_into_one_graph(tokens):
-    model = build_model(sparse=None)
+@pytest.mark.parametrize("sparse", [None, {**SMALL_SPARSE, "dense_len": 64}], ids=["dense", "below-dense-len"])
+def test_dense_decode_step_compiles_into_one_graph(sparse, tokens):
+    model = build_model(sparse=sparse)
     ids = tokens(1, 20)
     with torch.no_grad():
         cache = StaticCache(config=model.config, max_cache_len=32)

@@ -87,10 +87,10 @@ def score_blocks(
     """Score each key block for each query, summed over the query group.
 
     A pooled key's weight is `exp(q . k_cmp * scale - lse)`; a block's score is the largest weight among the pooled
-    keys whose window touches the block. `lse` is the log-sum-exp over the coarse keys (`lse_approx`), or over `k_cmp` where
-    a query sees no coarse key or the exact one is asked for. As upstream, the estimate gets no correction for there
-    being four times fewer coarse keys. A pooled key is visible to a query once all its tokens are at or before it;
-    upstream hides one legal kernel when the length is 15 modulo 16 (63 modulo 64 for the coarse keys): not here.
+    keys whose window touches the block. `lse` is the log-sum-exp over the coarse keys (`lse_approx`), or over `k_cmp`
+    where a query sees no coarse key or the exact one is asked for. As upstream, the estimate gets no correction for
+    there being four times fewer coarse keys. A pooled key is visible to a query once all its tokens are at or before
+    it; upstream hides one legal kernel when the length is 15 modulo 16 (63 modulo 64 for the coarse keys): not here.
 
     Args:
         q: `[B, HQ, TQ, D]`.

@@ -262,6 +262,8 @@ def plan_sparse_attention(
         return None
     if past_key_values is not None:
         use_sparse_layers(past_key_values, settings["dense_len"])
+        if past_key_values.layers and isinstance(past_key_values.layers[0], StaticLayer):
+            return None  # it ends below `dense_len`; its length is a tensor, which a compiled step must not read
     past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
     num_keys = int(past_length) + inputs_embeds.shape[1]
     if num_keys < settings["dense_len"]:
