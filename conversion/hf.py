@@ -208,9 +208,8 @@ def _new_folder(output: Path) -> Iterator[Path]:
     try:
         yield folder
         folder.rename(output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # gone already where all went well
 
 
 def _copy_files(source: Path, folder: Path, weight_files: list[str]) -> None:
