@@ -238,8 +238,11 @@ def _attend_aligned(q, k, v, q_select, compressed, settings, scale, lse_approx):
         size, stride = settings["kernel_size"], settings["kernel_stride"]
         with torch.no_grad():
             compressed = pool_keys(k, size, stride), pool_keys(k, COARSE * size, COARSE * stride)
-    outs, lists = [], []
     offset = num_keys - num_queries
+    # Written in place where no graph is recorded: small results kept between large temporaries splinter the heap.
+    needs_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    pieces, out = [], q.new_empty(0 if needs_graph else q.shape)
+    blocks = torch.empty(*k.shape[:2], num_queries, budget, dtype=torch.int32, device=q.device)
     # Chunks end at multiples of the chunk size among the keys, so that each shares one local window.
     for begin in range(offset - offset % _SCORE_CHUNK, num_keys, _SCORE_CHUNK):
         begin, end = max(begin, offset), min(begin + _SCORE_CHUNK, num_keys)
@@ -262,11 +265,18 @@ def _attend_aligned(q, k, v, q_select, compressed, settings, scale, lse_approx):
                     **kernels,
                 )
             chosen = select_blocks(scores, positions, num_blocks, **choice)
-            lists.append(list_blocks(chosen, budget).expand(k.shape[0], k.shape[1], -1, -1))
-        pieces = (t.split(_ATTEND_CHUNK, dim) for t, dim in ((q[:, :, rows], 2), (chosen, 2), (positions, 0)))
-        for piece, picked, where in zip(*pieces):
-            outs.append(attend_blocks(piece, k, v, picked, where, block_size=block_size, scale=scale))
-    return torch.cat(outs, 2), torch.cat(lists, 2)
+            blocks[:, :, rows] = list_blocks(chosen, budget)
+        for first in range(0, end - begin, _ATTEND_CHUNK):
+            few = slice(first, min(first + _ATTEND_CHUNK, end - begin))
+            some = slice(rows.start + few.start, rows.start + few.stop)
+            attended = attend_blocks(
+                q[:, :, some], k, v, chosen[:, :, few], positions[few], block_size=block_size, scale=scale
+            )
+            if needs_graph:
+                pieces.append(attended)
+            else:
+                out[:, :, some] = attended
+    return (torch.cat(pieces, 2) if needs_graph else out), blocks
 
 
 def sparse_attention(

@@ -220,7 +220,7 @@ def test_a_named_backend_never_falls_back(backend):
 MEMORY_SCRIPT = """
 import resource, torch
 from minicpm4_hf.kernels.infllm_v2 import sparse_attention
-q, k, v = (torch.randn(1, heads, 32768, 64, dtype=torch.bfloat16) for heads in (16, 2, 2))
+q, k, v = (torch.randn(1, heads, 32768, 64) for heads in (16, 2, 2))
 sparse_attention(q[:, :, :256], k[:, :, :256], v[:, :, :256])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 out, blocks = sparse_attention(q, k, v, topk=8, window_size=512)
@@ -231,4 +231,4 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 
 def test_memory_at_32k_with_the_heads_of_the_half_billion_model():
     result = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)
-    assert float(result.stdout) < 2.0  # GiB beyond the inputs
+    assert float(result.stdout) < 1.0  # GiB beyond the inputs
