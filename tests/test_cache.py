@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_models import SMALL_SPARSE, build_model
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from minicpm4_hf.sparse_cache import SparseLayer
 
@@ -37,15 +38,27 @@ def test_update_returns_what_went_in(poisoned_empty):
     assert layer.get_mask_sizes(5) == (305, 0)
 
 
-def test_what_was_handed_over_is_not_written_to():
+@pytest.mark.parametrize("appended", [0, 3], ids=["crop-first", "append-first"])
+def test_what_was_handed_over_is_not_written_to(appended):
     layer = SparseLayer()
     keys = torch.randn(1, 2, 8, 16)
     original = keys.clone()
     layer.update(keys, keys)
-    fill(layer, 3, batch=1)
-    layer.crop(-10)
+    fill(layer, appended, batch=1)
+    layer.crop(-appended - 4)
     fill(layer, 5, batch=1)
     assert torch.equal(keys, original)
+    assert torch.equal(layer.keys[:, :, :4], original[:, :, :4])
+
+
+def test_adopting_a_layer_leaves_its_tensors_alone():
+    plain = DynamicLayer()
+    plain.update(torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16))
+    original = plain.keys.clone()
+    layer = SparseLayer.adopt(plain)
+    layer.crop(-4)
+    fill(layer, 3, batch=1)
+    assert torch.equal(plain.keys, original)
 
 
 def test_gradients_flow_through_the_cache(tokens):

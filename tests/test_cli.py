@@ -20,6 +20,7 @@ import urllib.request
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import SMALL_SPARSE
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -30,16 +31,7 @@ from minicpm4_hf.perplexity import score_text, score_tokens
 from minicpm4_hf.sparse_attention import sparse_attention
 from minicpm4_hf.training.tokenizer import train_tokenizer
 
-SPARSE = {
-    "kernel_size": 8,
-    "kernel_stride": 4,
-    "init_blocks": 1,
-    "block_size": 16,
-    "window_size": 32,
-    "topk": 3,
-    "use_nope": False,
-    "dense_len": 64,
-}
+SPARSE = {**SMALL_SPARSE, "use_nope": False, "dense_len": 64}
 CONTEXT = 2048
 FACTORS = [1.0, 1.1, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0]
 STOP = [2, 504]

@@ -18,6 +18,7 @@ class GrowingBuffer:
     def __init__(self, tensor: torch.Tensor):
         self.storage = tensor
         self.length = tensor.shape[2]
+        self.is_own = False  # the caller may still hold `tensor`: it is read, never written to
 
     @property
     def filled(self) -> torch.Tensor:
@@ -25,17 +26,18 @@ class GrowingBuffer:
 
     def resize_(self, length: int) -> None:
         """Set the length; what lies beyond the old one is undefined until written."""
-        if length > self.storage.shape[2] or (self.storage.is_inference() and not torch.is_inference_mode_enabled()):
+        frozen = self.storage.is_inference() and not torch.is_inference_mode_enabled()
+        if length > self.storage.shape[2] or not self.is_own or frozen:
             batch, heads, capacity, dim = self.storage.shape
             grown = self.storage.new_empty(batch, heads, max(length, 2 * capacity), dim)
             grown[:, :, : self.length] = self.filled
-            self.storage = grown
+            self.storage, self.is_own = grown, True
         self.length = length
 
     def append_(self, new: torch.Tensor) -> None:
         if torch.is_grad_enabled() and (new.requires_grad or self.storage.requires_grad):
             self.storage = torch.cat((self.filled, new), 2)  # writing in place would break the graph
-            self.length = self.storage.shape[2]
+            self.length, self.is_own = self.storage.shape[2], False  # nor may a later append, after a crop
             return
         begin = self.length
         self.resize_(begin + new.shape[2])
