@@ -162,6 +162,12 @@ class MiniCPM4PreTrainedModel(LlamaPreTrainedModel):
     _no_split_modules = ["MiniCPM4DecoderLayer"]
     _can_record_outputs = {"hidden_states": MiniCPM4DecoderLayer, "attentions": MiniCPM4Attention}
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        # The installed package's attention where nothing else was asked for; SDPA when run as remote code.
+        if requested_attention is None and "infllm_v2" in ALL_ATTENTION_FUNCTIONS:
+            requested_attention = "infllm_v2"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
