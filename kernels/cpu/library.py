@@ -23,7 +23,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Layouts of the structs in csrc/abi.h: all fields are 8 bytes wide.
 ATTENTION_ARGS = struct.Struct("25qd24q")
 POOL_ARGS = struct.Struct("17q")
-LINEAR_ARGS = struct.Struct("15q")
+LINEAR_ARGS = struct.Struct("16qd2qd5q")
 NO_TENSOR = (0, 0, 0, 0)
 
 

@@ -40,15 +40,25 @@ struct mc_pool_args {
 };
 
 // out[m, n] = sum_k x[m, k] * weight[n, k], bfloat16 in and out, float32 sums; one to eight rows.
-// `gate` as well: out[m, n] = silu(x . gate[n]) * (x . weight[n]), each product rounded to bfloat16 as torch does.
 // Up to three weights side by side (query, key, value): their outputs follow one another in out's last dimension.
+// Around it, where the pointer or number is not 0, and rounded to bfloat16 after each step as torch's operators do:
+//   norm_weight  RMSNorm of x first
+//   gate         out = silu(x . gate) * (x . weight)
+//   residual     out = residual + out * residual_scale
+//   rope_heads   the first so many heads of `head_dim` outputs are rotated by `cosine` and `sine` [rows, head_dim]
 struct mc_linear_args {
     const void *x;
     void *out;
     const void *weight[3], *gate;
     int64_t out_features[3];
-    int64_t num_weights, in_features, rows, x_stride, out_stride;
-    int64_t num_threads;
+    int64_t num_weights, in_features, rows, x_stride, out_stride, num_threads;
+    const void *norm_weight;
+    double norm_eps;
+    const void *residual;
+    int64_t residual_stride;
+    double residual_scale;
+    const float *cosine, *sine;
+    int64_t rope_stride, rope_heads, head_dim;
 };
 
 struct mc_kernels {
