@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 
+COMMAND = [sys.executable, "-m", "minicpm4_hf.eval.speed.worker"]
 SIGNAL_HINTS = {signal.SIGKILL: " (out of memory?)"}
 
 
@@ -21,7 +22,7 @@ class Worker:
         self.name = settings["contestant"]
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "minicpm4_hf.eval.speed.worker"],
+            COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -30,7 +31,11 @@ class Worker:
             start_new_session=True,  # Ctrl-C reaches this process only, which ends the worker itself
         )
         self.resident_bytes = 0
-        self.facts = self.ask(settings)
+        try:
+            self.facts = self.ask(settings)
+        except WorkerError:
+            self.end()
+            raise
 
     def ask(self, request: dict) -> dict:
         """Send a request and wait for its result.

@@ -5,6 +5,8 @@ import os
 import time
 from pathlib import Path
 
+from minicpm4_hf.kernels.bench.__main__ import write_atomically
+
 
 def sidecar_path(output: Path) -> Path:
     """The records beside an output file: `speed.json` has `speed.jsonl`."""
@@ -27,22 +29,21 @@ class Records:
         self.path, self.lines = path, []
         if path is None:
             return
-        if path.exists() and path.stat().st_size:
-            if not resume:
+        if path.exists():
+            self.lines = read_lines(path)
+            if not resume and any(line["kind"] != "header" for line in self.lines):
                 raise ValueError(
                     f"{str(path)!r} has measurements of an earlier run: add --resume to go on with it, or move it "
                     "away."
                 )
-            self.lines = read_lines(path)
-            check_header(path, self.lines[0] if self.lines else {}, header)
+            if resume and self.lines:
+                check_header(path, self.lines[0], header)
+            else:
+                self.lines = []
+        # Written anew, as a last line that was cut off would spoil the next one.
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.lines))
         if not self.lines:
-            path.write_text("", encoding="utf-8")
             self.add("header", **header)
-        else:  # a last line that was cut off would spoil the next one
-            text = "".join(json.dumps(line) + "\n" for line in self.lines)
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
 
     def add(self, kind: str, **fields) -> dict:
         """Keep a line; it is on the disk when this returns."""
