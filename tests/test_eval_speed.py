@@ -138,6 +138,13 @@ def test_llama_cpp(tmp_path, monkeypatch, capsys):
     assert (
         entry["contestant"] == "llama.cpp" and entry["tokens"] == 900 and "longest --prompt is 600" in entry["reason"]
     )
+
+    from minicpm4_hf.eval.speed.llama_cpp_engine import LlamaCppEngine
+
+    settings = {"contestant": "llama.cpp", "preset": "tiny", "seed": 0, "threads": 1, "context_tokens": 700}
+    engine = LlamaCppEngine(settings)
+    for depth in (300, 200, 600):  # evaluated, cut, evaluated on
+        assert len(engine.decode(depth, 2)["seconds"]) == 2 and engine.length == depth + 3
     assert [path.suffix for path in (tmp_path / "minicpm4_hf" / "speed").iterdir()] == [".gguf"]
 
 
@@ -266,8 +273,10 @@ def test_time_left():
     benchmark = make_benchmark(prompts=(8192, 16384), names=("llama-sdpa",), rounds=2, depths=())
     tasks = benchmark.plan()
     assert benchmark.time_left(tasks) == "time left not known yet"
-    benchmark.records.add("measurement", **tasks[0].key, wall_s=10.0)
+    benchmark.records.add("measurement", **tasks[0].key, wall_s=10.0, seconds=[9.0])
     assert benchmark.time_left(tasks[1:]) == "about 70 s left"  # 10, and 30 twice
+    benchmark.records.add("measurement", **tasks[1].key, wall_s=200.0, seconds=[190.0])
+    assert benchmark.time_left(tasks[2:]) == "about 10 min left"  # 600 once: too slow to repeat
 
 
 def test_memory():

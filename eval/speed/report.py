@@ -2,6 +2,7 @@
 
 import os
 import statistics
+import time
 from importlib.metadata import PackageNotFoundError, version
 
 from minicpm4_hf.kernels.bench.__main__ import describe_machine
@@ -57,6 +58,7 @@ def build_document(benchmark: Benchmark, against: list[str], absent: dict[str, s
     ]
     return {
         "benchmark": "speed",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": describe_host(settings.threads),
         "versions": describe_versions(),
         "preset": settings.preset,

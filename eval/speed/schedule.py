@@ -171,9 +171,10 @@ class Benchmark:
         self.records.add("measurement", **task.key, **request, **result, wall_s=wall_s)
 
     def is_slow(self, task: Task) -> bool:
-        key = {**task.key}
-        key.pop("round")
-        return any(line["wall_s"] > self.settings.once_above_s for line in self.records.find("measurement", **key))
+        """Whether an earlier round of the task took too long to repeat it."""
+        key = {name: value for name, value in task.key.items() if name != "round"}
+        lines = self.records.find("measurement", **key)
+        return any(sum(line["seconds"]) > self.settings.once_above_s for line in lines)
 
     def time_left(self, tasks: list[Task]) -> str:
         """An estimate from the measurements so far."""
@@ -183,7 +184,9 @@ class Benchmark:
         seconds, slow, unknown = 0.0, set(), False
         for task in tasks:
             cell = (task.contestant, task.measure, task.tokens)
-            if cell in slow or cell in self.left_out or self.records.find("measurement", **task.key):
+            if cell in slow or cell in self.left_out or self.is_slow(task):
+                continue
+            if self.records.find("measurement", **task.key):
                 continue
             others = [rate for (_, measure), rate in rates.items() if measure == task.measure]
             rate = rates.get((task.contestant, task.measure), max(others, default=None))
