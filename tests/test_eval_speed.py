@@ -269,6 +269,21 @@ def test_no_speed_where_logits_differ(fault, monkeypatch):
     assert not benchmark.records.lines
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(DisagreementError("a differs from b"), 1), (KeyboardInterrupt(), 130)],
+    ids=["parity", "ctrl-c"],
+)
+def test_exit_code(error, code, monkeypatch, capsys):
+    def run(self):
+        raise error
+
+    monkeypatch.setattr(Benchmark, "run", run)
+    assert main(RUN) == code
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err in ("error: a differs from b\n", "stopped\n")
+
+
 def test_time_left():
     benchmark = make_benchmark(prompts=(8192, 16384), names=("llama-sdpa",), rounds=2, depths=())
     tasks = benchmark.plan()
