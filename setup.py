@@ -101,6 +101,7 @@ setup(
         "train": TRAIN,
         "gpu": ["triton"],
         "eval": ["datasets", "evaluate", "matplotlib"],
+        "llama_cpp": ["llama-cpp-python>=0.3.36", "gguf>=0.19"],  # compiled at install
         "dev": DEV,
         "test": [*DEV, *SERVE, *TRAIN],
     },
