@@ -36,7 +36,7 @@ def _is_plain_norm(module: nn.Module) -> bool:
 
 def fused_linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """`module(x)` for a plain bfloat16 linear layer and at most eight rows; None where that is not so."""
-    if torch.compiler.is_compiling() or not _is_plain_linear(module) or not serves(x, module.weight):
+    if not _is_plain_linear(module) or not serves(x, module.weight):
         return None
     return linear(x, module.weight)
 
@@ -49,8 +49,7 @@ def fused_decoder_layer(layer, hidden_states: torch.Tensor, *, position_embeddin
     """
     attention, mlp = layer.self_attn, layer.mlp
     if (
-        torch.compiler.is_compiling()
-        or not serves(hidden_states, attention.q_proj.weight)
+        not serves(hidden_states, attention.q_proj.weight)
         or not all(
             map(
                 _is_plain_linear,

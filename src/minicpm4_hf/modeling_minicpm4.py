@@ -38,6 +38,13 @@ from .sparse_cache import SparsePlan, infllm_v2_attention_forward, plan_sparse_a
 FUSED_FUNCTIONS: dict[str, Callable] = {}
 
 
+def run_fused(name: str, module: nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor | None:
+    """What the fused function of this name gives for a module, or None; a compiler fuses by itself."""
+    if torch.compiler.is_compiling() or name not in FUSED_FUNCTIONS:
+        return None
+    return FUSED_FUNCTIONS[name](module, x, **kwargs)
+
+
 class MiniCPM4RMSNorm(LlamaRMSNorm):
     pass
 
@@ -172,10 +179,9 @@ class MiniCPM4DecoderLayer(LlamaDecoderLayer):
         self.residual_scale = config.residual_scale
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        fused = FUSED_FUNCTIONS.get("decoder_layer")
-        fused_output = fused(self, hidden_states, **kwargs) if fused is not None else None
-        if fused_output is not None:
-            return fused_output
+        fused = run_fused("decoder_layer", self, hidden_states, **kwargs)
+        if fused is not None:
+            return fused
         branch, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + branch * self.residual_scale
         branch = self.mlp(self.post_attention_layernorm(hidden_states))
@@ -320,11 +326,8 @@ class MiniCPM4ForCausalLM(MiniCPM4PreTrainedModel, GenerationMixin):
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         hidden_states = hidden_states / self.config.logits_scaling
-        fused = FUSED_FUNCTIONS.get("linear")
-        logits = fused(self.lm_head, hidden_states) if fused is not None else None
-        if logits is None:
-            logits = self.lm_head(hidden_states)
-        logits = logits.float()
+        fused = run_fused("linear", self.lm_head, hidden_states)
+        logits = (self.lm_head(hidden_states) if fused is None else fused).float()
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

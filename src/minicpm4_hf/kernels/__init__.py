@@ -10,7 +10,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from minicpm4_hf.modeling_minicpm4 import FUSED_FUNCTIONS
 from minicpm4_hf.sparse_cache import infllm_v2_attention_forward as _reference_forward
 
 # What can run InfLLM v2 in this version, and the device types it serves (None: all).
@@ -155,12 +154,17 @@ def infllm_v2_mask(
     )
 
 
+def _serves_fused(x: torch.Tensor) -> bool:
+    return (
+        _fused_layers_enabled
+        and x.device.type == "cpu"
+        and x.shape[:-1].numel() <= 8
+        and resolve_backend("cpu")[0] == "cpu"
+    )
+
+
 def _fused_decoder_layer(layer, hidden_states, **kwargs):
-    if (
-        hidden_states.device.type != "cpu"
-        or hidden_states.shape[:-1].numel() > 8
-        or resolve_backend("cpu")[0] != "cpu"
-    ):
+    if not _serves_fused(hidden_states):
         return None
     from minicpm4_hf.kernels.cpu.decoder_layer import fused_decoder_layer
 
@@ -168,26 +172,29 @@ def _fused_decoder_layer(layer, hidden_states, **kwargs):
 
 
 def _fused_linear(module, x):
-    if x.device.type != "cpu" or x.shape[:-1].numel() > 8 or resolve_backend("cpu")[0] != "cpu":
+    if not _serves_fused(x):
         return None
     from minicpm4_hf.kernels.cpu.decoder_layer import fused_linear
 
     return fused_linear(module, x)
 
 
+# What the package puts into the model's `FUSED_FUNCTIONS`.
+FUSED_FUNCTIONS = {"decoder_layer": _fused_decoder_layer, "linear": _fused_linear}
+_fused_layers_enabled = os.environ.get("MINICPM4_FUSED_LAYERS") != "0"
+
+
 def use_fused_layers(enabled: bool = True) -> None:
     """Switch the native decoder layer and linear layers, which serve bfloat16 decoding on the CPU, on or off.
 
-    They are on at import, unless the environment variable MINICPM4_FUSED_LAYERS is 0.
+    They are on, unless the environment variable MINICPM4_FUSED_LAYERS is 0 at import.
     """
-    FUSED_FUNCTIONS.clear()
-    if enabled:
-        FUSED_FUNCTIONS.update(decoder_layer=_fused_decoder_layer, linear=_fused_linear)
+    global _fused_layers_enabled
+    _fused_layers_enabled = enabled
 
 
-use_fused_layers(os.environ.get("MINICPM4_FUSED_LAYERS") != "0")
 AttentionInterface.register("infllm_v2", infllm_v2_forward)
 # Without a mask function of the same name transformers would pass no mask, and padding would be attended to.
 AttentionMaskInterface.register("infllm_v2", infllm_v2_mask)
 
-__all__ = ["BACKENDS", "infllm_v2_forward", "infllm_v2_mask", "resolve_backend", "use_fused_layers"]
+__all__ = ["BACKENDS", "FUSED_FUNCTIONS", "infllm_v2_forward", "infllm_v2_mask", "resolve_backend", "use_fused_layers"]
