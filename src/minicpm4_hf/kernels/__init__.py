@@ -155,12 +155,7 @@ def infllm_v2_mask(
 
 
 def _serves_fused(x: torch.Tensor) -> bool:
-    return (
-        _fused_layers_enabled
-        and x.device.type == "cpu"
-        and x.shape[:-1].numel() <= 8
-        and resolve_backend("cpu")[0] == "cpu"
-    )
+    return _fused_layers_enabled and x.device.type == "cpu" and resolve_backend("cpu")[0] == "cpu"
 
 
 def _fused_decoder_layer(layer, hidden_states, **kwargs):
@@ -185,7 +180,7 @@ _fused_layers_enabled = os.environ.get("MINICPM4_FUSED_LAYERS") != "0"
 
 
 def use_fused_layers(enabled: bool = True) -> None:
-    """Switch the native decoder layer and linear layers, which serve bfloat16 decoding on the CPU, on or off.
+    """Switch the native decoder layer and linear layers, which serve bfloat16 on the CPU, on or off.
 
     They are on, unless the environment variable MINICPM4_FUSED_LAYERS is 0 at import.
     """
