@@ -13,6 +13,7 @@ from pathlib import Path
 
 README = Path("kernels/cpu/README.md")
 DECODE, PREFILL, DENSE = (Path(f"kernels/bench/records/cpu-{name}.json") for name in ("decode", "prefill", "dense"))
+SPEED = tuple(Path(f"eval/results/speed-cpu-{name}.json") for name in ("llama.cpp", "qwen3"))
 MODELS = {"0.5b": "0.5B (16/2 heads x 64)", "8b": "8B (32/2 heads x 128)"}
 _BEGIN, _END = "<!-- figures: written by minicpm4_hf.kernels.bench.figures -->", "<!-- end of figures -->"
 
@@ -81,6 +82,23 @@ def dense_table(record: dict) -> str:
     return "\n".join(lines)
 
 
+def speed_table(document: dict) -> str:
+    """Tokens a second of whole models, and ours over each of the others."""
+    names = list(document["contestants"])
+    others = [name for name in names if not name.startswith("ours")]
+    lines = [
+        "| | tokens | " + " | ".join(names) + " | " + " | ".join(f"ours-sparse over {name}" for name in others) + " |",
+        "|---" * (2 + len(names) + len(others)) + "|",
+    ]
+    for measure, title in (("prompt", "prompt, tokens/s"), ("decode", "decode at depth, tokens/s")):
+        for tokens in sorted({row["tokens"] for row in document[measure]}):
+            rate = {r["contestant"]: r["tokens_per_s"] for r in document[measure] if r["tokens"] == tokens}
+            rates = [f"{rate[name]:,.1f}" if name in rate else "" for name in names]
+            ratios = [f"{rate['ours-sparse'] / rate[name]:.2f}x" if name in rate else "" for name in others]
+            lines.append(f"| {title} | {tokens:,} | " + " | ".join(rates + ratios) + " |")
+    return "\n".join(lines)
+
+
 def render(root: Path) -> str:
     """The README's text with its figures from the records."""
     decode, prefill, dense = (
@@ -96,6 +114,17 @@ def render(root: Path) -> str:
             decode_table(decode),
             "Dense attention alone:",
             dense_table(dense),
+            *(
+                part
+                for path in SPEED
+                for part in (
+                    "Whole models, random weights of the 0.5B shape (Qwen3 its own 0.6B), bfloat16, llama.cpp F16 with "
+                    "flash attention:"
+                    if path == SPEED[0]
+                    else "At the length where llama.cpp would need hours to get to:",
+                    speed_table(json.loads((root / path).read_text(encoding="utf-8"))),
+                )
+            ),
         ]
     )
     text = (root / README).read_text(encoding="utf-8")

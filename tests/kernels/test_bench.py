@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from minicpm4_hf.kernels.bench import figures
 from minicpm4_hf.kernels.bench.__main__ import bench_shape, main
 from minicpm4_hf.kernels.bench.registry import OPS, dense_reference, max_error, measure_parity
 
@@ -105,3 +107,10 @@ def test_wrong_arguments(arguments, sentence, capsys):
         main(arguments)
     assert stop.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_figures_in_the_readme_are_those_of_the_records(tmp_path, capsys):
+    root = Path(__file__).parents[2]
+    assert figures.render(root) == (root / figures.README).read_text(encoding="utf-8")
+    assert figures.main(["--root", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("figures: ")

@@ -70,6 +70,9 @@ struct Stream {
     int64_t visible(int64_t position) const { return position + 1 < size ? 0 : (position + 1 - size) / step + 1; }
 };
 
+template <int N>
+struct Number { static constexpr int value = N; };
+
 template <class S, class T>
 struct Selector {
     typedef typename S::word word;
@@ -79,7 +82,7 @@ struct Selector {
     const mc_attention_args *args;
     word *queries, *keys;            // [tile][group][words], [words][width]
     float *scores, *maxima, *sums;   // [group][width], [tile][group][W] twice
-    float *lse, *window;             // [tile][group], [tile][carry + width]
+    float *lse, *window;             // [tile][group], [tile][the carried weights and `width` new ones], and a row to work in
     const char *next_keys = nullptr, *next_end = nullptr;  // what is asked for while a chunk is worked on
 
     static void geometry(const mc_attention_args &a, int64_t &chunk, int64_t &per_block, int64_t &carry) {
@@ -92,7 +95,8 @@ struct Selector {
         int64_t chunk, per_block, carry, group = a.query_heads / a.heads;
         geometry(a, chunk, per_block, carry);
         int64_t width = round_up(chunk, 2 * W);
-        return num_queries * group * (a.dim + 2 * W + 1) + a.dim * width + group * width + num_queries * (carry + width) + 256;
+        return num_queries * group * (a.dim + 2 * W + 1) + a.dim * width + group * width +
+               num_queries * (2 * carry + per_block + width) + width + 256;
     }
 
     Selector(const mc_attention_args &a, float *memory, int64_t num_queries) : args(&a) {
@@ -145,10 +149,10 @@ struct Selector {
         }
     }
 
-    // Scores of HEADS heads against two vectors of keys, in the exponent's base 2.
-    template <int HEADS, bool AHEAD>
-    MC_INLINE void dots(const word *q, int64_t words, const word *k, int64_t width, float factor, float *to,
-                        const char *&next) {
+    // Products of HEADS heads with two vectors of keys, given to `finish`. With AHEAD the memory at `next` is asked for
+    // on the way.
+    template <int HEADS, bool AHEAD, class Finish>
+    MC_INLINE void dots(const word *q, int64_t words, const word *k, int64_t width, const char *&next, const Finish &finish) {
         vf acc[HEADS][2];
         MC_UNROLL for (int h = 0; h < HEADS; h++) acc[h][0] = acc[h][1] = vf{};
         for (int64_t d = 0; d < words; d++) {
@@ -163,34 +167,69 @@ struct Selector {
                 acc[h][1] = S::multiply_add(acc[h][1], b, q[h * words + d]);
             }
         }
-        MC_UNROLL for (int h = 0; h < HEADS; h++) {
-            store(to + h * width, acc[h][0] * factor);
-            store(to + h * width + W, acc[h][1] * factor);
+        finish(acc);
+    }
+
+    // What becomes of the products of heads h .. h + HEADS with keys j .. j + 2 W.
+    template <int HEADS>
+    struct KeepScores {  // in the exponent's base 2
+        float *to, factor;
+        int64_t width;
+        MC_INLINE void run(const KeepScores &x, const vf (*acc)[2]) {
+            MC_UNROLL for (int h = 0; h < HEADS; h++) {
+                store(x.to + h * x.width, acc[h][0] * x.factor);
+                store(x.to + h * x.width + W, acc[h][1] * x.factor);
+            }
         }
-    }
+        __attribute__((always_inline)) void operator()(const vf (*acc)[2]) const { run(*this, acc); }
+    };
+    template <int HEADS>
+    struct AddWeights {  // exp2(score - lse), summed over the heads
+        float *to, factor;
+        const float *minus;
+        MC_INLINE vf weight(vf product, float factor, float minus) {
+            return exp2_of<4>(vmin(product * factor - splat(minus), splat(kMaxExponent)));
+        }
+        MC_INLINE void run(const AddWeights &x, const vf (*acc)[2]) {
+            vf first = load(x.to), second = load(x.to + W);
+            MC_UNROLL for (int h = 0; h < HEADS; h++) {
+                first += weight(acc[h][0], x.factor, x.minus[h]);
+                second += weight(acc[h][1], x.factor, x.minus[h]);
+            }
+            store(x.to, first);
+            store(x.to + W, second);
+        }
+        __attribute__((always_inline)) void operator()(const vf (*acc)[2]) const { run(*this, acc); }
+    };
 
-    // All heads of query `i` against the loaded keys. The first query of a tile asks for the next keys on the way.
-    void score_query(int64_t i, int64_t count) {
+    // All heads of query `i` against `count` loaded keys: their scores kept, or with `weights` (which must be 0 before)
+    // their weights added up. The first query of a tile asks for the next keys on the way.
+    void score_query(int64_t i, int64_t count, float *weights = nullptr) {
         if (next_keys && next_keys < next_end)
-            score_heads<true>(i, count);
+            weights ? score_heads<true, true>(i, count, weights) : score_heads<true, false>(i, count, weights);
         else
-            score_heads<false>(i, count);
+            weights ? score_heads<false, true>(i, count, weights) : score_heads<false, false>(i, count, weights);
     }
 
-    template <bool AHEAD>
-    void score_heads(int64_t i, int64_t count) {
+    template <bool AHEAD, bool WEIGHTS>
+    void score_heads(int64_t i, int64_t count, float *weights) {
         const word *q = queries + i * group * words;
+        const float *minus = lse + i * group;
         const char *next = next_keys;
         for (int64_t j = 0; j < count; j += 2 * W) {
+            auto heads = [&](int64_t h, auto number) __attribute__((always_inline)) {
+                constexpr int HEADS = decltype(number)::value;
+                if (WEIGHTS)
+                    dots<HEADS, AHEAD>(q + h * words, words, keys + j, width, next,
+                                       AddWeights<HEADS>{weights + j, factor, minus + h});
+                else
+                    dots<HEADS, AHEAD>(q + h * words, words, keys + j, width, next,
+                                       KeepScores<HEADS>{scores + h * width + j, factor, width});
+            };
             int64_t h = 0;
-            for (; h + S::HEADS <= group; h += S::HEADS)
-                dots<S::HEADS, AHEAD>(q + h * words, words, keys + j, width, factor, scores + h * width + j, next);
-            if (h + 4 <= group && S::HEADS > 4) {
-                dots<4, AHEAD>(q + h * words, words, keys + j, width, factor, scores + h * width + j, next);
-                h += 4;
-            }
-            for (; h < group; h++)
-                dots<1, AHEAD>(q + h * words, words, keys + j, width, factor, scores + h * width + j, next);
+            for (; h + S::HEADS <= group; h += S::HEADS) heads(h, Number<S::HEADS>());
+            if (h + 4 <= group && S::HEADS > 4) heads(h, Number<4>()), h += 4;
+            for (; h < group; h++) heads(h, Number<1>());
         }
         next_keys = next;
     }
@@ -236,7 +275,8 @@ struct Selector {
                       float *to, int64_t row) {
         int64_t back = (carry + per_block - 1) / per_block;  // blocks whose keys reach into the first one
         int64_t last_seen = s.visible(first_position + num_queries - 1);
-        int64_t span = carry + width;
+        int64_t span = 2 * carry + per_block + width;  // the last starts read a little beyond the weights
+        float *best = window + num_queries * span;
         for (int64_t i = 0; i < num_queries * span; i++) window[i] = 0;
         for (int64_t block = max64(0, begin - back); block < end; block += blocks_per_chunk) {
             int64_t first = block * per_block, blocks = min64(blocks_per_chunk, end - block);
@@ -246,21 +286,15 @@ struct Selector {
                 float *w = window + i * span;
                 for (int64_t j = 0; j < carry; j++) w[j] = w[chunk + j];
                 int64_t seen = max64(0, min64(count, s.visible(first_position + i) - first));
-                if (seen > 0) score_query(i, seen);
-                const float *minus = lse + i * group;
-                for (int64_t j = 0; j < seen; j += W) {
-                    vf sum = vf{};
-                    for (int64_t h = 0; h < group; h++)
-                        sum += exp2_of<4>(vmin(load(scores + h * width + j) - splat(minus[h]), splat(kMaxExponent)));
-                    store(w + carry + j, sum);
-                }
-                for (int64_t j = seen; j < blocks * per_block; j++) w[carry + j] = 0;
-                for (int64_t b = max64(0, begin - block); b < blocks; b++) {
-                    const float *p = w + b * per_block;
-                    float best = p[0];
-                    for (int64_t j = 1; j < per_block + carry; j++) best = p[j] > best ? p[j] : best;
-                    to[i * row + block + b] = best;
-                }
+                for (int64_t j = 0; j < width; j++) w[carry + j] = 0;
+                if (seen > 0) score_query(i, seen, w + carry);
+                for (int64_t j = seen; j < width; j++) w[carry + j] = 0;
+                // The largest of each run of per_block + carry weights, for every start; blocks take every per_block-th.
+                const int64_t starts = blocks * per_block;
+                for (int64_t j = 0; j < starts; j++) best[j] = w[j];
+                for (int64_t d = 1; d < per_block + carry; d++)
+                    for (int64_t j = 0; j < starts; j++) best[j] = w[j + d] > best[j] ? w[j + d] : best[j];
+                for (int64_t b = max64(0, begin - block); b < blocks; b++) to[i * row + block + b] = best[b * per_block];
             }
         }
     }
