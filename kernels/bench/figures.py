@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 README = Path("kernels/cpu/README.md")
-DECODE, PREFILL, DENSE = (Path(f"kernels/bench/records/cpu-{name}.json") for name in ("decode", "prefill", "dense"))
+DECODE, PREFILL = (Path(f"kernels/bench/records/cpu-{name}.json") for name in ("decode", "prefill"))
 SPEED = tuple(Path(f"eval/results/speed-cpu-{name}.json") for name in ("llama.cpp", "qwen3"))
 MODELS = {"0.5b": "0.5B (16/2 heads x 64)", "8b": "8B (32/2 heads x 128)"}
 _BEGIN, _END = "<!-- figures: written by minicpm4_hf.kernels.bench.figures -->", "<!-- end of figures -->"
@@ -69,19 +69,6 @@ def decode_table(record: dict) -> str:
     return "\n".join(lines)
 
 
-def dense_table(record: dict) -> str:
-    """Milliseconds of dense causal attention over a whole text."""
-    lines = ["| heads | queries | SDPA, ms | ours, ms | ours over SDPA |", "|---|---|---|---|---|"]
-    for shape, times in _rows(record).items():
-        model, length, _ = shape.split("-")
-        sdpa, ours = _best_dense(times), times["ours cpu"]
-        lines.append(
-            f"| {MODELS[model]} | {length.upper()} | {sdpa['median_ms']:,.0f} | {ours['median_ms']:,.0f} | "
-            f"{ours['speedup']:.1f}x |"
-        )
-    return "\n".join(lines)
-
-
 def speed_table(document: dict) -> str:
     """Tokens a second of whole models, and ours over each of the others."""
     names = list(document["contestants"])
@@ -101,9 +88,7 @@ def speed_table(document: dict) -> str:
 
 def render(root: Path) -> str:
     """The README's text with its figures from the records."""
-    decode, prefill, dense = (
-        json.loads((root / path).read_text(encoding="utf-8")) for path in (DECODE, PREFILL, DENSE)
-    )
+    decode, prefill = (json.loads((root / path).read_text(encoding="utf-8")) for path in (DECODE, PREFILL))
     figures = "\n\n".join(
         [
             f"Medians, {_describe(prefill)}, contestants in turns. Inputs are random, which is the worst case: "
@@ -112,13 +97,11 @@ def render(root: Path) -> str:
             prefill_table(prefill),
             "One token in one layer, keys not in any cache:",
             decode_table(decode),
-            "Dense attention alone:",
-            dense_table(dense),
             *(
                 part
                 for path in SPEED
                 for part in (
-                    "Whole models, random weights of the 0.5B shape (Qwen3 its own 0.6B), bfloat16, llama.cpp F16 with "
+                    "Whole models of the 0.5B shape (Qwen3: its own 0.6B), random weights, bfloat16; llama.cpp: F16, "
                     "flash attention:"
                     if path == SPEED[0]
                     else "At the length where llama.cpp would need hours to get to:",
