@@ -231,7 +231,7 @@ def attend_fwd(
     heads, num_keys = k.shape[1], k.shape[2]
     longest = num_queries if cu_seqlens is None else max_seqlen or num_queries
     num_rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    tile, padded = tile_of_group(query_heads // heads)
+    tile, padded = tile_of_group(query_heads // heads, q.dtype)
     rows = (kv_start, kv_end, cu_seqlens)
     merged, counts = merge_blocks(block_indices, num_keys, block_size, tile, rows, longest)
     # Tokens outside every packed row are written by nobody.

@@ -38,14 +38,14 @@ def count_windows(num_tokens, SIZE: tl.constexpr, STRIDE: tl.constexpr):
     return tl.maximum(num_tokens - SIZE + STRIDE, 0) // STRIDE
 
 
-def tile_of_group(group: int) -> tuple[int, int]:
+def tile_of_group(group: int, dtype: torch.dtype) -> tuple[int, int]:
     """Neighbouring queries of one prefill tile, and the rows each of them takes: the group up to a power of two.
 
-    64 rows where the group allows it: what one Hopper matrix instruction takes. Eight queries at most, since their
-    picks differ and the tile reads the union; at least 16 rows, the least that `tl.dot` takes.
+    64 rows where the group allows it: what one Hopper matrix instruction takes; float32 has registers for 16. Eight
+    queries at most, since their picks differ and the tile reads the union; at least 16 rows, the least for `tl.dot`.
     """
-    padded = triton.next_power_of_2(group)
-    return max(16 // padded, min(64 // padded, 8), 1), padded
+    padded, rows = triton.next_power_of_2(group), 16 if dtype == torch.float32 else 64
+    return max(16 // padded, min(rows // padded, 8), 1), padded
 
 
 def dot_precision(dtype: torch.dtype) -> str:

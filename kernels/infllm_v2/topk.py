@@ -335,7 +335,7 @@ def select_fwd(
     if cu_seqlens is not None:
         num_rows = cu_seqlens.numel() - 1
         longest_q = longest_k = max_seqlen or num_queries
-    tile, padded = tile_of_group(group)
+    tile, padded = tile_of_group(group, q.dtype)
     budget = topk + window_size // block_size
     planes = num_planes(kernel_size, kernel_stride, block_size)
     num_blocks = triton.cdiv(longest_k, block_size)
@@ -412,7 +412,7 @@ def select_fwd(
         width = triton.next_power_of_2(num_blocks)
         if cu_seqlens is None:
             width = triton.next_power_of_2(triton.cdiv(num_keys - num_queries + end, block_size))
-        per_program = max(4096 // width, 1)
+        per_program = max(min(2048 // width, 16), 1)
         topk_fwd_kernel[(triton.cdiv(end - begin, per_program), num_rows * heads)](
             scores,
             block_indices,
@@ -434,7 +434,7 @@ def select_fwd(
             PLANES=planes,
             INIT=init_blocks,
             LOCAL=window_size // block_size,
-            num_warps=4 if width <= 4096 else 8,
+            num_warps=4 if width <= 2048 else 8,
         )
     return block_indices
 
@@ -442,7 +442,7 @@ def select_fwd(
 def lse_launch(dim: int, dtype: torch.dtype, tile: int, padded: int) -> tuple[int, dict]:
     """Queries of a tile and the launch settings of `lse_fwd_kernel`."""
     if dtype == torch.float32:
-        return tile, {"BN": 32, "num_warps": 4, "num_stages": 2}
+        return tile, {"BN": 32, "num_warps": 4 if dim <= 64 else 8, "num_stages": 2}
     return tile * max(128 // (tile * padded), 1), {"BN": 64, "num_warps": 8, "num_stages": 3}
 
 
