@@ -4,9 +4,10 @@ import torch
 
 from minicpm4_hf.configuration_minicpm4 import complete_sparse_config
 from minicpm4_hf.kernels import resolve_backend
+from minicpm4_hf.kernels.infllm_v2.gpu import run_triton, serves, sparse_attention_packed
 from minicpm4_hf.sparse_attention import sparse_attention as _reference
 
-_OPERATIONS = {"reference": _reference}
+_OPERATIONS = {"reference": _reference, "triton": run_triton}
 
 
 def sparse_attention(
@@ -51,7 +52,7 @@ def sparse_attention(
             exact where a query sees no such window, or where False.
         scale: factor on q . k; `D ** -0.5` where None.
         kv_start: int32 `[B]`, first real key of each row (left padding); positions and blocks count from there.
-        backend: "reference" (plain PyTorch, any device) or "auto". A named backend runs or raises.
+        backend: "triton" (NVIDIA GPUs), "reference" (plain PyTorch, any device) or "auto". A named backend runs or raises.
 
     Returns:
         `out [B, HQ, TQ, D]` in `q`'s dtype, 0 for queries before their row's `kv_start`; and `block_indices`, int32
@@ -60,6 +61,7 @@ def sparse_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or settings that do not fit.
+        ImportError: `backend="triton"` without Triton.
         NotImplementedError: a backend that this version does not have.
 
     Source: InfLLM-V2 (arXiv:2509.24663), MiniCPM4 (arXiv:2506.07900) section 2; infllmv2_cuda_impl at f908e73.
@@ -75,12 +77,16 @@ def sparse_attention(
     complete_sparse_config(settings)
     _check_tensors(q, k, v, kv_start)
     name, _ = resolve_backend(q.device.type, backend)
+    if backend == "auto" and name == "triton" and not serves(q, k, settings):
+        name = "reference"
     return _OPERATIONS[name](q, k, v, **settings, lse_approx=lse_approx, scale=scale, kv_start=kv_start)
 
 
 def run_sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs):
     """The model's entry: unchecked arguments, the cache's pooled keys under `compressed`, the best backend."""
     name, _ = resolve_backend(q.device.type)
+    if name == "triton" and not serves(q, k, kwargs):
+        name = "reference"
     return _OPERATIONS[name](q, k, v, **kwargs)
 
 
@@ -112,4 +118,4 @@ def _check_tensors(q, k, v, kv_start) -> None:
         raise ValueError(f"`kv_start` must be an integer tensor of shape [{q.shape[0]}], got {list(kv_start.shape)}.")
 
 
-__all__ = ["sparse_attention"]
+__all__ = ["sparse_attention", "sparse_attention_packed"]

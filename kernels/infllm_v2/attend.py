@@ -62,7 +62,9 @@ def merge_blocks_kernel(
 
 
 @triton.jit
-def load_keys(p, block, o_s, o_d, stride_t, length, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, IS_EDGE: tl.constexpr):
+def load_keys(
+    p, block, o_s, o_d, stride_t, length, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, IS_EDGE: tl.constexpr
+):
     """One block of keys or values, `[BS, BD]`; only the last blocks may reach beyond the row's end."""
     p_block = p + (block.to(tl.int64) * BS) * stride_t + o_s[:, None] * stride_t + o_d[None, :]
     if IS_EDGE:
@@ -84,7 +86,29 @@ def may_attend(entry, o_q, o_pos, o_s, BQ: tl.constexpr, BS: tl.constexpr, IS_ED
 
 
 @triton.jit
-def _attend_entry(b_q, b_o, b_m, b_l, entry, p_k, p_v, o_q, o_pos, o_s, o_d, stride_kt, stride_vt, length, scale, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr, IS_EDGE: tl.constexpr, PRECISION: tl.constexpr):
+def _attend_entry(
+    b_q,
+    b_o,
+    b_m,
+    b_l,
+    entry,
+    p_k,
+    p_v,
+    o_q,
+    o_pos,
+    o_s,
+    o_d,
+    stride_kt,
+    stride_vt,
+    length,
+    scale,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BQ: tl.constexpr,
+    BS: tl.constexpr,
+    IS_EDGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One step of the online softmax, base 2."""
     block = entry & ((1 << (32 - BQ)) - 1)
     b_k = load_keys(p_k, block, o_s, o_d, stride_kt, length, D, BD, BS, IS_EDGE)
@@ -169,9 +193,53 @@ def attend_fwd_kernel(
     # BQ <= BS neighbours lie in two blocks at most: only the last two entries can hold keys after a query.
     inner = tl.maximum(count - 2, 0)
     for i in range(0, inner):
-        b_o, b_m, b_l = _attend_entry(b_q, b_o, b_m, b_l, tl.load(p_list + i), p_k, p_v, o_q, o_pos, o_s, o_d, stride_kt, stride_vt, length, scale, D, BD, BQ, BS, False, PRECISION)
+        b_o, b_m, b_l = _attend_entry(
+            b_q,
+            b_o,
+            b_m,
+            b_l,
+            tl.load(p_list + i),
+            p_k,
+            p_v,
+            o_q,
+            o_pos,
+            o_s,
+            o_d,
+            stride_kt,
+            stride_vt,
+            length,
+            scale,
+            D,
+            BD,
+            BQ,
+            BS,
+            False,
+            PRECISION,
+        )
     for i in range(inner, count):
-        b_o, b_m, b_l = _attend_entry(b_q, b_o, b_m, b_l, tl.load(p_list + i), p_k, p_v, o_q, o_pos, o_s, o_d, stride_kt, stride_vt, length, scale, D, BD, BQ, BS, True, PRECISION)
+        b_o, b_m, b_l = _attend_entry(
+            b_q,
+            b_o,
+            b_m,
+            b_l,
+            tl.load(p_list + i),
+            p_k,
+            p_v,
+            o_q,
+            o_pos,
+            o_s,
+            o_d,
+            stride_kt,
+            stride_vt,
+            length,
+            scale,
+            D,
+            BD,
+            BQ,
+            BS,
+            True,
+            PRECISION,
+        )
 
     b_o = b_o / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
     p_o = o + i_z * stride_oz + (bos_q + o_t).to(tl.int64) * stride_ot + (i_h * G + o_g) * stride_oh

@@ -20,7 +20,20 @@ CHUNK = 2048  # queries one program of dk and dv takes, unless it must take all
 
 @triton.jit
 def delta_kernel(
-    o, do, delta, stride_oz, stride_oh, stride_ot, stride_dz, stride_dh, stride_dt, HQ, TQ, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr
+    o,
+    do,
+    delta,
+    stride_oz,
+    stride_oh,
+    stride_ot,
+    stride_dz,
+    stride_dh,
+    stride_dt,
+    HQ,
+    TQ,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BT: tl.constexpr,
 ):
     """`delta [B, HQ, TQ] = sum(o * do)` in float32."""
     i_t, i_bh = tl.program_id(0), tl.program_id(1)
@@ -34,7 +47,30 @@ def delta_kernel(
 
 
 @triton.jit
-def _dq_entry(b_q, b_do, b_dq, b_lse, b_delta, entry, p_k, p_v, o_q, o_pos, o_s, o_d, stride_kt, stride_vt, length, scale, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr, IS_EDGE: tl.constexpr, PRECISION: tl.constexpr):
+def _dq_entry(
+    b_q,
+    b_do,
+    b_dq,
+    b_lse,
+    b_delta,
+    entry,
+    p_k,
+    p_v,
+    o_q,
+    o_pos,
+    o_s,
+    o_d,
+    stride_kt,
+    stride_vt,
+    length,
+    scale,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BQ: tl.constexpr,
+    BS: tl.constexpr,
+    IS_EDGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """The share of one merged block in dq, without the factor `scale`."""
     block = entry & ((1 << (32 - BQ)) - 1)
     b_k = load_keys(p_k, block, o_s, o_d, stride_kt, length, D, BD, BS, IS_EDGE)
@@ -123,9 +159,55 @@ def attend_bwd_dq_kernel(
     b_dq = tl.zeros([C, BD], tl.float32)
     inner = tl.maximum(count - 2, 0)
     for i in range(0, inner):
-        b_dq = _dq_entry(b_q, b_do, b_dq, b_lse, b_delta, tl.load(p_list + i), p_k, p_v, o_q, o_pos, o_s, o_d, stride_kt, stride_vt, length, scale2, D, BD, BQ, BS, False, PRECISION)
+        b_dq = _dq_entry(
+            b_q,
+            b_do,
+            b_dq,
+            b_lse,
+            b_delta,
+            tl.load(p_list + i),
+            p_k,
+            p_v,
+            o_q,
+            o_pos,
+            o_s,
+            o_d,
+            stride_kt,
+            stride_vt,
+            length,
+            scale2,
+            D,
+            BD,
+            BQ,
+            BS,
+            False,
+            PRECISION,
+        )
     for i in range(inner, count):
-        b_dq = _dq_entry(b_q, b_do, b_dq, b_lse, b_delta, tl.load(p_list + i), p_k, p_v, o_q, o_pos, o_s, o_d, stride_kt, stride_vt, length, scale2, D, BD, BQ, BS, True, PRECISION)
+        b_dq = _dq_entry(
+            b_q,
+            b_do,
+            b_dq,
+            b_lse,
+            b_delta,
+            tl.load(p_list + i),
+            p_k,
+            p_v,
+            o_q,
+            o_pos,
+            o_s,
+            o_d,
+            stride_kt,
+            stride_vt,
+            length,
+            scale2,
+            D,
+            BD,
+            BQ,
+            BS,
+            True,
+            PRECISION,
+        )
     tl.store(p_dq[:, None] + o_d[None, :], (b_dq * scale).to(dq.dtype.element_ty), mask=m_qd)
 
 

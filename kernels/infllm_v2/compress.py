@@ -14,7 +14,9 @@ SEGMENTS = 4  # strides of keys one program sums: 64 keys at the default setting
 
 
 @triton.jit
-def _sum_segments(p_k, first, length, stride_kt, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, STRIDE: tl.constexpr):
+def _sum_segments(
+    p_k, first, length, stride_kt, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, STRIDE: tl.constexpr
+):
     """Sums of BN neighbouring segments of STRIDE keys, from segment `first` on: float32 `[BN, BD]`."""
     o_t = first * STRIDE + tl.arange(0, BN * STRIDE)
     o_d = tl.arange(0, BD)

@@ -118,8 +118,8 @@ def select_decode_kernel(
     before = tl.atomic_add(arrived + i_bth, 1, sem="acq_rel")
     if before == tl.num_programs(0) - 1:
         o_m = tl.arange(0, NBP)
-        mask = (o_m < num_scored) & (own + 1 > S)
-        b_x = tl.load(p_s + o_m, mask=mask, other=0.0, cache_modifier=".cg")[None, :]
+        num_scored = tl.where(own + 1 > S, num_scored, 0)
+        b_x = tl.load(p_s + o_m, mask=o_m < num_scored, other=0.0, cache_modifier=".cg")[None, :]
         one = tl.zeros([1], tl.int32)
         p_out = block_indices + ((i_z * H + i_h) * TQ + i_t) * S + one
         pick_blocks(b_x, p_out, own + one, one == 0, NBP, 1, S, SP, INIT, LOCAL)
@@ -176,7 +176,7 @@ def attend_decode_kernel(
     b_l = tl.zeros([C], tl.float32)
     for i in range(i_p * share, tl.minimum((i_p + 1) * share, S)):
         block = tl.load(p_list + i)
-        sees = (block >= 0) & (block * BS + o_s <= position)
+        sees = block * BS + o_s <= tl.where(block >= 0, position, -(1 << 30))
         i_key = tl.maximum(block, 0).to(tl.int64) * BS
         mask = sees[:, None] & (o_d < D)[None, :]
         b_k = tl.load(p_k + i_key * stride_kt + o_s[:, None] * stride_kt + o_d[None, :], mask=mask, other=0.0)
@@ -261,7 +261,9 @@ def select_decode(
     budget = topk + window_size // block_size
     num_blocks = triton.cdiv(num_keys, block_size)
     programs = batch * num_queries * heads
-    splits = min(triton.cdiv(num_blocks, BLOCKS_PER_TILE), triton.cdiv(count_processors(q.device), programs), MAX_SPLITS)
+    splits = min(
+        triton.cdiv(num_blocks, BLOCKS_PER_TILE), triton.cdiv(count_processors(q.device), programs), MAX_SPLITS
+    )
     width = triton.next_power_of_2(num_blocks)
     block_indices = q.new_empty(batch, heads, num_queries, budget, dtype=torch.int32)
     scores = q.new_empty(programs, num_blocks if num_blocks > budget else 1, dtype=torch.float32)

@@ -28,7 +28,18 @@ MAX_PLANES = 3  # blocks one window may touch
 
 
 @triton.jit
-def running_lse(b_q, p_k, num_seen, max_seen, scale, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+def running_lse(
+    b_q,
+    p_k,
+    num_seen,
+    max_seen,
+    scale,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    C: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Base-2 log-sum-exp `[C]` of `b_q [C, BD]` over the first `num_seen [C]` of contiguous pooled keys."""
     o_d = tl.arange(0, BD)
     b_m = tl.full([C], float("-inf"), tl.float32)
@@ -47,7 +58,21 @@ def running_lse(b_q, p_k, num_seen, max_seen, scale, D: tl.constexpr, BD: tl.con
 
 
 @triton.jit
-def estimate_lse(b_q, p_f, p_c, o_pos, scale, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, LSE_APPROX: tl.constexpr, PRECISION: tl.constexpr):
+def estimate_lse(
+    b_q,
+    p_f,
+    p_c,
+    o_pos,
+    scale,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    C: tl.constexpr,
+    BN: tl.constexpr,
+    SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    LSE_APPROX: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Log-sum-exp `[C]` at positions `o_pos [C]`: coarse, exact for queries that see no coarse window, 0 before any."""
     first, last = tl.min(o_pos, 0), tl.max(o_pos, 0)
     num_fine = count_windows(o_pos + 1, SIZE, STRIDE)
@@ -225,7 +250,18 @@ def score_fwd_kernel(
 
 
 @triton.jit
-def pick_blocks(b_x, p_out, own, m_t, NBP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr):
+def pick_blocks(
+    b_x,
+    p_out,
+    own,
+    m_t,
+    NBP: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    SP: tl.constexpr,
+    INIT: tl.constexpr,
+    LOCAL: tl.constexpr,
+):
     """Write the S best blocks of `b_x [R, NBP]` (scores, at least 0) for queries in block `own [R]` (-1: none).
 
     Scores that are not negative order as their bits do, so the S-th largest is built bit by bit from counts: exact,
@@ -296,7 +332,12 @@ def topk_fwd_kernel(
     p_s = scores + (i_bh.to(tl.int64) * chunk + o_q.to(tl.int64))[:, None] * NB + o_m[None, :]
     b_x = tl.zeros([R, NBP], tl.float32)
     for d in tl.static_range(PLANES):
-        mask = must_choose[:, None] & (o_m >= d)[None, :] & (o_m[None, :] < (num_scored + d)[:, None]) & (o_m < NB)[None, :]
+        mask = (
+            must_choose[:, None]
+            & (o_m >= d)[None, :]
+            & (o_m[None, :] < (num_scored + d)[:, None])
+            & (o_m < NB)[None, :]
+        )
         b_x = tl.maximum(b_x, tl.load(p_s + d * stride_plane, mask=mask, other=0.0))
     p_out = block_indices + ((i_z * H + i_h) * TQ + bos_q + o_t) * S
     pick_blocks(b_x, p_out, own, m_t, NBP, R, S, SP, INIT, LOCAL)

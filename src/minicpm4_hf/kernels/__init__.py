@@ -3,6 +3,8 @@
 Nothing heavy is imported here; a kernel's module is loaded at its first call.
 """
 
+from importlib.util import find_spec
+
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -10,9 +12,9 @@ from transformers.masking_utils import sdpa_mask
 from minicpm4_hf.sparse_cache import infllm_v2_attention_forward as _reference_forward
 
 # What can run InfLLM v2 in this version, and the device types it serves (None: all).
-BACKENDS = {"reference": None}
+BACKENDS = {"reference": None, "triton": ("cuda",)}
 # Names that are reserved for kernels to come: asking for one is an honest error, not a silent fallback.
-_RESERVED = ("cpu", "triton")
+_RESERVED = ("cpu",)
 
 
 def resolve_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
@@ -26,9 +28,16 @@ def resolve_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
         Its name and the reason in words.
 
     Raises:
+        ImportError: Triton was asked for and is not installed.
         NotImplementedError: the named backend is not part of this version.
         ValueError: no such backend.
     """
+    if backend == "triton" or (backend == "auto" and device_type == "cuda"):
+        if find_spec("triton") is not None:
+            return "triton", "Triton kernels"
+        if backend == "triton":
+            raise ImportError("`backend='triton'` needs Triton: `pip install minicpm4-hf[gpu]`.")
+        return "reference", "plain PyTorch; `pip install minicpm4-hf[gpu]` brings the Triton kernels"
     if backend == "auto":
         return "reference", f"plain PyTorch; this version has no native kernel for {device_type}"
     if backend in BACKENDS:
