@@ -52,7 +52,7 @@ def sparse_attention(
             exact where a query sees no such window, or where False.
         scale: factor on q . k; `D ** -0.5` where None.
         kv_start: int32 `[B]`, first real key of each row (left padding); positions and blocks count from there.
-        backend: "triton" (NVIDIA GPUs), "reference" (plain PyTorch, any device) or "auto". A named backend runs or raises.
+        backend: "triton" (NVIDIA GPUs), "reference" (plain PyTorch, any device) or "auto". A named one runs or raises.
 
     Returns:
         `out [B, HQ, TQ, D]` in `q`'s dtype, 0 for queries before their row's `kv_start`; and `block_indices`, int32

@@ -1,8 +1,8 @@
 """Triton: block-sparse attention over selected blocks, backward.
 
-dq walks the tile's merged blocks as the forward does. dk and dv go by key block: the (query, block) pairs are sorted by
-block, and a program takes up to `CHUNK` queries that picked its block, each with its whole group. A block's parts are
-added with atomics, or, where the result must be the same every time, one program takes them all.
+dq walks the tile's merged blocks as the forward does. dk and dv go by key block: the (query, block) pairs are sorted
+by block, and a program takes up to `CHUNK` queries that picked its block, each with its whole group. A block's parts
+are added with atomics, or, where the result must be the same every time, one program takes them all.
 
 Shapes: as in attend.py. A slot is one key block of one row; NS slots a key head. T rows of gathered queries a step,
 BT of them times the group padded to GP.
@@ -258,7 +258,10 @@ def attend_bwd_dkdv_kernel(
     IS_SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk and dv of BK keys of one block from the queries `tokens[begin:end]`; `parts [.., 3]` holds head * NS + slot, begin, end."""
+    """dk and dv of BK keys of one block from the queries `tokens[begin:end]`.
+
+    `parts [.., 3]` holds `head * NS + slot`, begin and end for each program.
+    """
     p_part = parts + tl.program_id(0).to(tl.int64) * 3
     slot, begin, end = tl.load(p_part), tl.load(p_part + 1), tl.load(p_part + 2)
     if begin >= end:

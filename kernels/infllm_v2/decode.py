@@ -261,9 +261,8 @@ def select_decode(
     budget = topk + window_size // block_size
     num_blocks = triton.cdiv(num_keys, block_size)
     programs = batch * num_queries * heads
-    splits = min(
-        triton.cdiv(num_blocks, BLOCKS_PER_TILE), triton.cdiv(count_processors(q.device), programs), MAX_SPLITS
-    )
+    tile = BLOCKS_PER_TILE if q.dtype != torch.float32 else BLOCKS_PER_TILE // 2
+    splits = min(triton.cdiv(num_blocks, tile), triton.cdiv(count_processors(q.device), programs), MAX_SPLITS)
     width = triton.next_power_of_2(num_blocks)
     block_indices = q.new_empty(batch, heads, num_queries, budget, dtype=torch.int32)
     scores = q.new_empty(programs, num_blocks if num_blocks > budget else 1, dtype=torch.float32)
@@ -289,7 +288,7 @@ def select_decode(
         D=dim,
         BD=triton.next_power_of_2(dim),
         BN=64 if q.dtype != torch.float32 else 32,
-        BM=BLOCKS_PER_TILE if q.dtype != torch.float32 else 32,
+        BM=tile,
         BS=block_size,
         STRIDE=kernel_stride,
         PER_KERNEL=kernel_size // kernel_stride,
@@ -300,7 +299,7 @@ def select_decode(
         LOCAL=window_size // block_size,
         LSE_APPROX=lse_approx,
         PRECISION=dot_precision(q.dtype),
-        num_warps=4 if width <= 4096 else 8,
+        num_warps=4 if width <= 4096 and q.dtype != torch.float32 else 8,
         num_stages=3 if q.dtype != torch.float32 else 2,
     )
     return block_indices

@@ -1,5 +1,7 @@
 """The Triton backend as the door sees it: Triton is imported at the first call on a GPU, not before."""
 
+from itertools import pairwise
+
 import torch
 from transformers.utils import logging
 
@@ -33,15 +35,16 @@ def sparse_attention_packed(
     backend: str = "auto",
     **settings,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sparse_attention` over packed texts: `q [1, HQ, T, D]`, text n at tokens `cu_seqlens[n]` to `cu_seqlens[n + 1]`.
+    """`sparse_attention` over packed texts: text n is tokens `cu_seqlens[n]` to `cu_seqlens[n + 1]`.
 
     Args:
+        q: `[1, HQ, T, D]`; k, v: `[1, H, T, D]`.
         cu_seqlens: int32 `[N + 1]`, ascending from 0 to T.
         max_seqlen: length of the longest text; saves work on a GPU.
         backend, settings: as in `sparse_attention`; without the Triton kernels the texts run one by one.
 
     Returns:
-        `out [1, HQ, T, D]`, differentiable, and `block_indices [1, H, T, S]`, blocks counted from a text's first token.
+        `out [1, HQ, T, D]`, differentiable, and `block_indices [1, H, T, S]`, counted from a text's first token.
 
     Raises:
         ValueError: shapes or `cu_seqlens` that do not fit.
@@ -61,7 +64,7 @@ def sparse_attention_packed(
     ends = cu_seqlens.tolist()
     texts = [
         sparse_attention(*(t[:, :, begin:end] for t in (q, k, v)), **settings, backend=backend)
-        for begin, end in zip(ends, ends[1:])
+        for begin, end in pairwise(ends)
         if end > begin
     ]
     return tuple(torch.cat(parts, 2) for parts in zip(*texts))

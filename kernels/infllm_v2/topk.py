@@ -1,11 +1,11 @@
 """Triton: pooled keys -> block scores -> the blocks each query attends to, for prefill and training.
 
-Two passes over pooled keys: `lse_fwd_kernel` (coarse stream) and `score_fwd_kernel` (fine stream, summed over the query
-group and max-pooled to blocks on chip), then `topk_fwd_kernel`. Written to memory are the log-sum-exp `[HQ, TQ]` and,
-a chunk of queries at a time, the block scores `[H, chunk, NB]`.
+Two passes over pooled keys: `lse_fwd_kernel` (coarse stream) and `score_fwd_kernel` (fine stream, summed over the
+query group and max-pooled to blocks on chip), then `topk_fwd_kernel`. Written to memory are the log-sum-exp `[HQ, TQ]`
+and, a chunk of queries at a time, the block scores `[H, chunk, NB]`.
 
-Shapes: B rows, HQ query heads, H key heads, G = HQ // H, TQ queries, D head size, N pooled keys, NB blocks, S selected.
-Rows of a tile are (query, head of the group), the group padded to GP; C = BQ * GP of them.
+Shapes: B rows, HQ query heads, H key heads, G = HQ // H, TQ queries, D head size, N pooled keys, NB blocks, S selected
+ones. Rows of a tile are (query, head of the group), the group padded to GP; C = BQ * GP of them.
 """
 
 import torch
@@ -73,7 +73,7 @@ def estimate_lse(
     LSE_APPROX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Log-sum-exp `[C]` at positions `o_pos [C]`: coarse, exact for queries that see no coarse window, 0 before any."""
+    """Log-sum-exp `[C]` at positions `o_pos`: coarse; exact where a query sees no coarse window; 0 without any."""
     first, last = tl.min(o_pos, 0), tl.max(o_pos, 0)
     num_fine = count_windows(o_pos + 1, SIZE, STRIDE)
     if LSE_APPROX:
@@ -274,7 +274,7 @@ def pick_blocks(
     b_x = tl.where(forced, float("inf"), b_x)
     b_bits = tl.where(visible, b_x.to(tl.int32, bitcast=True), -1)
     threshold = tl.zeros([R], tl.int32)
-    for i in tl.static_range(31):
+    for i in range(31):
         larger = threshold | (1 << (30 - i))
         threshold = tl.where(tl.sum((b_bits >= larger[:, None]).to(tl.int32), 1) >= S, larger, threshold)
     above, tied = b_bits > threshold[:, None], b_bits == threshold[:, None]
@@ -388,9 +388,8 @@ def select_fwd(
     tail |= {"BS": block_size, "STRIDE": kernel_stride, "BUDGET": budget, "PRECISION": dot_precision(q.dtype)}
     must_choose = num_blocks > budget
     # Queries before the first that may have to choose are not scored: without padding all that see too few blocks.
-    skip = 0 if cu_seqlens is None and kv_start is None else None
     first = 0
-    if skip == 0 and kv_end is None:
+    if kv_start is None and kv_end is None and cu_seqlens is None:
         first = min(max(budget * block_size - (num_keys - num_queries), 0), num_queries) // tile * tile
     lse = torch.empty(0, dtype=torch.float32, device=q.device)
     lse_tile, lse_config = lse_launch(dim, q.dtype, tile, padded)

@@ -6,6 +6,7 @@ Each stage is one op with a fake implementation, so that `torch.compile(fullgrap
 """
 
 import torch
+import triton
 
 from minicpm4_hf.kernels.infllm_v2.attend import attend_fwd
 from minicpm4_hf.kernels.infllm_v2.attend_bwd import attend_bwd
@@ -17,14 +18,15 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_BLOCKS = 32768
 MAX_GRID = 65535  # programs along a grid's second axis
 COARSE = 4
+IS_INTERPRETED = triton.knobs.runtime.interpret  # kernels run in Python, on tensors of any device
 
 
 def name_misfit(q: torch.Tensor, k: torch.Tensor, settings: dict) -> str | None:
     """What the kernels take and did not get, in one sentence; None where they can run."""
     is_power = lambda n: n & (n - 1) == 0  # noqa: E731
-    if q.device.type != "cuda" and not is_interpreted():
+    if q.device.type != "cuda" and not IS_INTERPRETED:
         return f"The triton backend takes CUDA tensors, got tensors on {q.device.type}."
-    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
+    if q.is_cuda and not torch.compiler.is_compiling() and torch.cuda.get_device_capability(q.device) < (8, 0):
         name = torch.cuda.get_device_name(q.device)
         return f"The triton backend takes GPUs of compute capability 8.0 or later, got {name}."
     if q.dtype not in DTYPES:
@@ -46,13 +48,6 @@ def name_misfit(q: torch.Tensor, k: torch.Tensor, settings: dict) -> str | None:
     if k.shape[0] * k.shape[1] > MAX_GRID:
         return f"The triton backend takes up to {MAX_GRID} rows times key heads, got {k.shape[0] * k.shape[1]}."
     return None
-
-
-def is_interpreted() -> bool:
-    """Whether Triton runs its kernels in Python (`TRITON_INTERPRET=1`), on tensors of any device."""
-    import triton
-
-    return triton.knobs.runtime.interpret
 
 
 def _with_dense_rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
