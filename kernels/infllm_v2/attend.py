@@ -341,5 +341,5 @@ def attend_fwd(
 def attend_launch(dim: int, dtype: torch.dtype, rows: int) -> dict:
     """Launch settings of `attend_fwd_kernel`."""
     if dtype == torch.float32:
-        return {"num_warps": 8, "num_stages": 1 if dim > 64 else 2}
-    return {"num_warps": 4, "num_stages": 3}
+        return {"num_warps": 8, "num_stages": 1}
+    return {"num_warps": 4, "num_stages": 3 if dim > 64 else 2}

@@ -490,4 +490,4 @@ def score_launch(dim: int, dtype: torch.dtype, tile: int, padded: int) -> tuple[
     """Queries of a tile and the launch settings of `score_fwd_kernel`."""
     if dtype == torch.float32:
         return tile, {"BM": 32, "num_warps": 4, "num_stages": 2}
-    return tile * max(128 // (tile * padded), 1), {"BM": 64, "num_warps": 8 if dim > 64 else 4, "num_stages": 3}
+    return min(max(128 // padded, tile), 32), {"BM": 64, "num_warps": 8 if dim > 64 else 4, "num_stages": 3}
