@@ -1,8 +1,14 @@
 """Packaging: the one place of the version, the dependencies and the map from import names to folders."""
 
+import os
+import platform
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 # Import name -> folder. conversion/ and eval/ are packages themselves; kernels/ holds one package a kernel and is none
 # itself: an __init__.py there would shadow Hugging Face's `kernels` for whoever runs Python in this folder.
@@ -17,6 +23,62 @@ SERVE = ["accelerate>=1.10", "fastapi", "openai>=1.98", "pydantic>=2", "rich", "
 TRAIN = ["accelerate>=1.10", "peft>=0.18"]
 DEV = ["pytest>=8", "ruff>=0.12"]
 
+# The native CPU kernels: one object file an instruction set, each with its own flags, chosen between at run time.
+# -march=native would make a library that crashes on the next machine.
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+INSTRUCTION_SETS = {"avx512_bf16": [*AVX512, "-mavx512bf16"], "avx512": AVX512, "avx2": AVX2}
+NATIVE_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+
+
+class BuildNative(build_ext):
+    """Compiles `kernels/cpu/csrc` with g++ or clang; without a compiler the package installs and runs on PyTorch.
+
+    MINICPM4_CXXFLAGS adds flags to every command (a sanitizer's, say).
+    """
+
+    def build_extension(self, ext):
+        compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        if compiler is None:
+            print(
+                "warning: no C++ compiler: the native CPU kernels are left out, PyTorch runs instead", file=sys.stderr
+            )
+            return
+        source, build = Path("kernels/cpu/csrc"), Path(self.build_temp) / "cpu"
+        build.mkdir(parents=True, exist_ok=True)
+        extra = os.environ.get("MINICPM4_CXXFLAGS", "").split()
+        flags = [*NATIVE_FLAGS, "-fopenmp", *extra]
+        commands = {"portable": [compiler, *flags, "-c", str(source / "isa_portable.cpp")]}
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            for name, isa in INSTRUCTION_SETS.items():
+                commands[name] = [compiler, *flags, *isa, "-c", str(source / f"isa_{name}.cpp")]
+
+        def compile_object(name):
+            try:
+                self.spawn([*commands[name], "-o", str(build / f"{name}.o")])
+            except Exception as error:  # distutils' and setuptools' error classes differ by version
+                print(f"warning: {name} kernels are left out: {error}", file=sys.stderr)
+                return None
+            return name
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            built = [name for name in pool.map(compile_object, commands) if name]
+        if "portable" not in built:
+            print("warning: the native CPU kernels did not compile, PyTorch runs instead", file=sys.stderr)
+            return
+        defines = [f"-DMC_HAS_{name.upper()}" for name in built]
+        main = build / "library.o"
+        self.spawn([compiler, *flags, *defines, "-c", str(source / "library.cpp"), "-o", str(main)])
+        # OpenMP is compiled for but not linked: its functions come from the library that torch has loaded.
+        link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,-s"] * (not extra)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        objects = [str(build / f"{name}.o") for name in built]
+        self.spawn([compiler, "-shared", *extra, "-o", str(partial), *objects, str(main), *link])
+        partial.replace(target)  # a running process may have the old one mapped
+
+
 setup(
     name="minicpm4-hf",
     version="0.1.0",
@@ -28,15 +90,18 @@ setup(
     packages=[*find_packages("src"), *filter(None, package_dir)],
     package_dir=package_dir,
     package_data={
-        "": ["py.typed", "*.cpp", "*.h", "*.jsonl", "*.jinja"],
+        "": ["py.typed", "*.cpp", "*.h", "*.inl", "*.jsonl", "*.jinja"],
         "minicpm4_hf": ["assets/*.txt", "assets/*.md", "checkpoints/*/*"],
     },
+    ext_modules=[Extension("minicpm4_hf.kernels.cpu._native", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildNative},
     install_requires=["torch>=2.11", "transformers>=5.17,<6", "safetensors"],
     extras_require={
         "serve": SERVE,
         "train": TRAIN,
         "gpu": ["triton"],
         "eval": ["datasets", "evaluate", "matplotlib"],
+        "llama_cpp": ["llama-cpp-python>=0.3.36", "gguf>=0.19"],  # compiled at install
         "dev": DEV,
         "test": [*DEV, *SERVE, *TRAIN],
     },

@@ -1,10 +1,12 @@
-"""Evaluate a checkpoint.
+"""Evaluate a checkpoint, or time models.
 
     python -m minicpm4_hf.eval perplexity --model ./MiniCPM4-0.5B --text book.txt
     python -m minicpm4_hf.eval perplexity --model ./MiniCPM4-0.5B --text book.txt --context 32768 --dense --json
     python -m minicpm4_hf.eval perplexity --model ./MiniCPM4-8B --text book.txt --sparse topk=32 --output record.json
+    python -m minicpm4_hf.eval speed --preset MiniCPM4-0.5B --against llama.cpp --output speed.json
 
-The exit code is 0, or 2 with one sentence on stderr when the input is wrong.
+The exit code is 0, or 2 with one sentence on stderr when the input is wrong; `speed` gives 1 when models that must
+agree do not.
 """
 
 import argparse
@@ -27,6 +29,9 @@ from minicpm4_cli.loading import (
     positive_int,
     quiet,
 )
+from minicpm4_hf.eval.speed.command import add_arguments as add_speed_arguments
+from minicpm4_hf.eval.speed.command import run_speed
+from minicpm4_hf.eval.speed.schedule import DisagreementError
 from minicpm4_hf.eval.tasks.perplexity import evaluate_perplexity, read_text
 
 VERSIONS = ("minicpm4-hf", "torch", "transformers", "tokenizers")
@@ -56,6 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_device_arguments(perplexity)
     perplexity.add_argument("--json", action="store_true", help="print the record as one JSON document")
     perplexity.add_argument("--output", type=Path, metavar="RECORD.json", help="also write the record to this file")
+    summary = "prompt and decode rates of whole models with random weights, side by side"
+    add_speed_arguments(tasks.add_parser("speed", help=summary, description=summary))
     return parser
 
 
@@ -100,17 +107,26 @@ def write_record(path: Path, record: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one task; 0, or 2 for wrong input."""
+    """Run one task; 0, 1 for models that do not agree, or 2 for wrong input."""
     args = build_parser().parse_args(argv)
     try:
         if args.output and not args.output.parent.is_dir():
             raise ValueError(f"The folder of {str(args.output)!r} does not exist.")
+        if args.task == "speed":
+            run_speed(args)
+            return 0
         record = run_perplexity(args)
         if args.output:
             write_record(args.output, record)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except DisagreementError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if args.json:
         print(json.dumps(record))
     else:

@@ -1,5 +1,7 @@
 """Generation with sparse attention gives what the same model gives without a cache, however it is driven."""
 
+import dataclasses
+
 import pytest
 import torch
 from small_models import SMALL_SPARSE, build_model
@@ -16,14 +18,19 @@ class BlockRecorder:
         from minicpm4_hf.kernels import infllm_v2
 
         self.calls = []
-        real = infllm_v2.run_sparse_attention
+        real = infllm_v2.model_operations
 
-        def record(*args, **kwargs):
-            out, blocks = real(*args, **kwargs)
-            self.calls.append(blocks)
-            return out, blocks
+        def operations(*tensors):
+            operations = real(*tensors)
 
-        monkeypatch.setattr(infllm_v2, "run_sparse_attention", record)
+            def record(*args, **kwargs):
+                out, blocks = operations.sparse(*args, **kwargs)
+                self.calls.append(blocks)
+                return out, blocks
+
+            return dataclasses.replace(operations, sparse=record)
+
+        monkeypatch.setattr(infllm_v2, "model_operations", operations)
 
     def take(self, num_layers=2):
         """Blocks `[B, H, T, S]` of each layer since the last call."""

@@ -1,13 +1,17 @@
 """InfLLM v2 block-sparse attention: `sparse_attention(q, k, v, ...)`; see README.md in this folder."""
 
+from dataclasses import replace
+
 import torch
 
 from minicpm4_hf.configuration_minicpm4 import complete_sparse_config
 from minicpm4_hf.kernels import resolve_backend
-from minicpm4_hf.kernels.infllm_v2.gpu import run_triton, serves, sparse_attention_packed
+from minicpm4_hf.kernels.infllm_v2.checks import check_tensors, refuse_unserved
+from minicpm4_hf.kernels.infllm_v2.gpu import run_best, run_triton, sparse_attention_packed
 from minicpm4_hf.sparse_attention import sparse_attention as _reference
+from minicpm4_hf.sparse_cache import REFERENCE_OPERATIONS, AttentionOperations
 
-_OPERATIONS = {"reference": _reference, "triton": run_triton}
+_TRITON_OPERATIONS = replace(REFERENCE_OPERATIONS, sparse=run_best)
 
 
 def sparse_attention(
@@ -52,7 +56,9 @@ def sparse_attention(
             exact where a query sees no such window, or where False.
         scale: factor on q . k; `D ** -0.5` where None.
         kv_start: int32 `[B]`, first real key of each row (left padding); positions and blocks count from there.
-        backend: "triton" (NVIDIA GPUs), "reference" (plain PyTorch, any device) or "auto". A named one runs or raises.
+        backend: "cpu" (native; float32, bfloat16 and float16, head sizes that are multiples of 16, no gradients),
+            "triton" (NVIDIA GPUs; head sizes up to 128 that are multiples of 16, gradients too), "reference" (plain
+            PyTorch, any device) or "auto". A named backend runs or raises.
 
     Returns:
         `out [B, HQ, TQ, D]` in `q`'s dtype, 0 for queries before their row's `kv_start`; and `block_indices`, int32
@@ -60,9 +66,8 @@ def sparse_attention(
         to `q`, `k` and `v`; the selection is not.
 
     Raises:
-        ValueError: shapes, dtypes, devices or settings that do not fit.
-        ImportError: `backend="triton"` without Triton.
-        NotImplementedError: a backend that this version does not have.
+        ValueError: shapes, dtypes, devices or settings that do not fit, or that the named backend does not serve.
+        RuntimeError: the named backend is not installed.
 
     Source: InfLLM-V2 (arXiv:2509.24663), MiniCPM4 (arXiv:2506.07900) section 2; infllmv2_cuda_impl at f908e73.
     """
@@ -75,47 +80,27 @@ def sparse_attention(
         "topk": topk,
     }
     complete_sparse_config(settings)
-    _check_tensors(q, k, v, kv_start)
+    check_tensors(q, k, v, kv_start)
     name, _ = resolve_backend(q.device.type, backend)
-    if backend == "auto" and name == "triton" and not serves(q, k, settings):
-        name = "reference"
-    return _OPERATIONS[name](q, k, v, **settings, lse_approx=lse_approx, scale=scale, kv_start=kv_start)
+    if backend == "cpu":
+        refuse_unserved(q, k, v)
+    operation = model_operations(q, k, v).sparse if name == "cpu" else _reference
+    if name == "triton":
+        operation = run_triton if backend == "triton" else run_best
+    return operation(q, k, v, **settings, lse_approx=lse_approx, scale=scale, kv_start=kv_start)
 
 
-def run_sparse_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs):
-    """The model's entry: unchecked arguments, the cache's pooled keys under `compressed`, the best backend."""
+def model_operations(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionOperations:
+    """What runs attention over these tensors: the best backend for their device, dtype, head size and gradients."""
     name, _ = resolve_backend(q.device.type)
-    if name == "triton" and not serves(q, k, kwargs):
-        name = "reference"
-    return _OPERATIONS[name](q, k, v, **kwargs)
+    if name == "triton":
+        return _TRITON_OPERATIONS
+    if name == "cpu":
+        from minicpm4_hf.kernels.cpu import attention
 
-
-def _check_tensors(q, k, v, kv_start) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"`{name}` must have shape [batch, heads, tokens, head_dim], got {list(tensor.shape)}.")
-        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
-            raise ValueError(
-                f"`q`, `k` and `v` must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}."
-            )
-        if tensor.device != q.device:
-            raise ValueError(f"`q`, `k` and `v` must be on one device, got {q.device}, {k.device} and {v.device}.")
-    if k.shape != v.shape:
-        raise ValueError(f"`k` and `v` must have the same shape, got {list(k.shape)} and {list(v.shape)}.")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"`q` and `k` must agree in batch and head_dim, got {list(q.shape)} and {list(k.shape)} "
-            "([batch, heads, tokens, head_dim])."
-        )
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"`q`'s heads must be a multiple of `k`'s, got {q.shape[1]} and {k.shape[1]}.")
-    if not 1 <= q.shape[2] <= k.shape[2]:
-        raise ValueError(
-            f"The queries are the last positions of the keys, so there must be 1 to {k.shape[2]} of them, "
-            f"got {q.shape[2]}."
-        )
-    if kv_start is not None and (kv_start.shape != q.shape[:1] or kv_start.is_floating_point()):
-        raise ValueError(f"`kv_start` must be an integer tensor of shape [{q.shape[0]}], got {list(kv_start.shape)}.")
+        if attention.unsupported_reason(q, k, v) is None:
+            return attention.OPERATIONS
+    return REFERENCE_OPERATIONS
 
 
 __all__ = ["sparse_attention", "sparse_attention_packed"]

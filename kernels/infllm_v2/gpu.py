@@ -5,6 +5,8 @@ from itertools import pairwise
 import torch
 from transformers.utils import logging
 
+from minicpm4_hf.sparse_attention import sparse_attention as reference
+
 logger = logging.get_logger(__name__)
 
 
@@ -13,6 +15,11 @@ def run_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs) -> t
     from minicpm4_hf.kernels.infllm_v2 import triton_backend
 
     return triton_backend.sparse_attention(q, k, v, **kwargs)
+
+
+def run_best(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sparse_attention` on a GPU whatever the arguments: the kernels, or plain PyTorch where they do not serve."""
+    return (run_triton if serves(q, k, kwargs) else reference)(q, k, v, **kwargs)
 
 
 def serves(q: torch.Tensor, k: torch.Tensor, settings: dict) -> bool:

@@ -10,8 +10,11 @@ from importlib.metadata import version
 from . import kernels, official_layout  # noqa: F401  registers the attention function and the official layout
 from .configuration_minicpm4 import MiniCPM4Config
 from .longrope import extend_context, longrope_factors
+from .modeling_minicpm4 import FUSED_FUNCTIONS as _MODEL_FUSED_FUNCTIONS
 from .modeling_minicpm4 import MiniCPM4ForCausalLM, MiniCPM4ForSequenceClassification, MiniCPM4Model
 from .presets import PRESETS, build_config
+
+_MODEL_FUSED_FUNCTIONS.update(kernels.FUSED_FUNCTIONS)
 
 __version__ = version("minicpm4-hf")
 

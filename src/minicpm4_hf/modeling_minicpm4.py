@@ -5,6 +5,8 @@ files only. Dense attention goes through transformers' attention functions; the 
 the name "infllm_v2", where the installed package registers its kernels, and is plain PyTorch otherwise.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
@@ -30,6 +32,17 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_minicpm4 import MiniCPM4Config
 from .sparse_cache import SparsePlan, infllm_v2_attention_forward, plan_sparse_attention
+
+# What may run a "decoder_layer" `(layer, hidden_states, **kwargs)` or a "linear" layer `(module, x)` in place of the
+# code below; it returns None where it does not serve a call. The installed package fills this; remote code does not.
+FUSED_FUNCTIONS: dict[str, Callable] = {}
+
+
+def run_fused(name: str, module: nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor | None:
+    """What the fused function of this name gives for a module, or None; a compiler fuses by itself."""
+    if torch.compiler.is_compiling() or name not in FUSED_FUNCTIONS:
+        return None
+    return FUSED_FUNCTIONS[name](module, x, **kwargs)
 
 
 class MiniCPM4RMSNorm(LlamaRMSNorm):
@@ -98,13 +111,9 @@ class MiniCPM4Attention(LlamaAttention):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        sparse_plan: SparsePlan | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
+        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)  # [B, HQ, TQ, D]
         key = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)  # [B, H, TQ, D]
         value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
@@ -112,11 +121,31 @@ class MiniCPM4Attention(LlamaAttention):
         query_nope, key_nope = query, key
         cos, sin = position_embeddings
         query, key = apply_rotary_pos_emb(query.float(), key.float(), cos, sin)
-        query, key = query.to(value.dtype), key.to(value.dtype)
+        attended, weights = self.attend(
+            query.to(value.dtype), key.to(value.dtype), value, query_nope=query_nope, key_nope=key_nope, **kwargs
+        )
+        return self.o_proj(attended), weights
 
+    @property
+    def needs_unrotated(self) -> bool:
+        """Whether blocks are selected by the unrotated queries and keys."""
+        return self.config.sparse_config is not None and self.config.sparse_config["use_nope"]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        sparse_plan: SparsePlan | None = None,
+        query_nope: torch.Tensor | None = None,
+        key_nope: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Put the new keys into the cache and attend: rotated `[B, heads, TQ, D]` in, `[B, TQ, HQ * D]` out."""
         if past_key_values is not None:
-            use_nope = self.config.sparse_config is not None and self.config.sparse_config["use_nope"]
-            extra = {"key_nope": key_nope} if use_nope else {}
+            extra = {"key_nope": key_nope} if self.needs_unrotated else {}
             key, value = past_key_values.update(key, value, self.layer_idx, **extra)
 
         if sparse_plan is None:
@@ -128,7 +157,7 @@ class MiniCPM4Attention(LlamaAttention):
             layer = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
             kwargs.update(sparse_plan=sparse_plan, cache_layer=layer, query_nope=query_nope, key_nope=key_nope)
 
-        attn_output, attn_weights = attention(
+        attended, weights = attention(
             self,
             query,
             key,
@@ -138,7 +167,7 @@ class MiniCPM4Attention(LlamaAttention):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
+        return attended.reshape(*attended.shape[:2], -1).contiguous(), weights
 
 
 class MiniCPM4DecoderLayer(LlamaDecoderLayer):
@@ -150,6 +179,9 @@ class MiniCPM4DecoderLayer(LlamaDecoderLayer):
         self.residual_scale = config.residual_scale
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        fused = run_fused("decoder_layer", self, hidden_states, **kwargs)
+        if fused is not None:
+            return fused
         branch, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + branch * self.residual_scale
         branch = self.mlp(self.post_attention_layernorm(hidden_states))
@@ -161,6 +193,12 @@ class MiniCPM4PreTrainedModel(LlamaPreTrainedModel):
     config: MiniCPM4Config
     _no_split_modules = ["MiniCPM4DecoderLayer"]
     _can_record_outputs = {"hidden_states": MiniCPM4DecoderLayer, "attentions": MiniCPM4Attention}
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        # The installed package's attention where nothing else was asked for; SDPA when run as remote code.
+        if requested_attention is None and "infllm_v2" in ALL_ATTENTION_FUNCTIONS:
+            requested_attention = "infllm_v2"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -287,7 +325,9 @@ class MiniCPM4ForCausalLM(MiniCPM4PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states / self.config.logits_scaling).float()
+        hidden_states = hidden_states / self.config.logits_scaling
+        fused = run_fused("linear", self.lm_head, hidden_states)
+        logits = (self.lm_head(hidden_states) if fused is None else fused).float()
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -4,6 +4,7 @@ This file travels with a checkpoint (`save_pretrained` copies it), so it imports
 `sparse_attention.py` only.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,21 +55,26 @@ class CompressedKeys:
     def __init__(self):
         self.streams: dict[int, GrowingBuffer] = {}  # by pooling factor: 1 and COARSE
         self.num_tokens = 0  # keys pooled so far
-        self.starts: torch.Tensor | None = None  # [B] int64 on the CPU
+        self.starts: list[int] | None = None  # first key of each row
 
     def update(
-        self, k: torch.Tensor, kv_start: torch.Tensor | None, kernel_size: int, kernel_stride: int
+        self,
+        k: torch.Tensor,
+        kv_start: torch.Tensor | None,
+        kernel_size: int,
+        kernel_stride: int,
+        pool: Callable = pool_keys,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pool the windows that `k [B, H, TK, D]` has completed since the last call; returns both streams."""
-        starts = torch.zeros(k.shape[0], dtype=torch.int64) if kv_start is None else kv_start.to("cpu", torch.int64)
-        if self.starts is None or not torch.equal(starts, self.starts):
+        """Pool the windows that `k [B, H, TK, D]` has completed since the last call; returns both streams.
+
+        `pool` is `pool_keys`, or a kernel that gives the same.
+        """
+        starts = [0] * k.shape[0] if kv_start is None else kv_start.tolist()
+        if starts != self.starts:
             self.streams, self.num_tokens, self.starts = {}, 0, starts
-        uniform = bool((starts == starts[0]).all())
-        rows = (
-            [(slice(None), int(starts[0]))]
-            if uniform
-            else [(slice(i, i + 1), s) for i, s in enumerate(starts.tolist())]
-        )
+        rows = [(slice(i, i + 1), start) for i, start in enumerate(starts)]
+        if starts.count(starts[0]) == len(starts):
+            rows = [(slice(None), starts[0])]
         for factor in (1, COARSE):
             size, stride = factor * kernel_size, factor * kernel_stride
             if factor not in self.streams:
@@ -76,12 +82,14 @@ class CompressedKeys:
             stream = self.streams[factor]
             if stream.storage.device != k.device:
                 stream.storage = stream.storage.to(k.device)
-            stream.resize_(count_pooled(k.shape[2] - int(starts.min()), size, stride))
+            length = count_pooled(k.shape[2] - min(starts), size, stride)
+            if length != stream.length:
+                stream.resize_(length)
             for row, start in rows:
-                done, now = (count_pooled(length - start, size, stride) for length in (self.num_tokens, k.shape[2]))
+                done, now = (count_pooled(end - start, size, stride) for end in (self.num_tokens, k.shape[2]))
                 if now > done:
                     window = k[row, :, start + done * stride : start + (now - 1) * stride + size].detach()
-                    stream.storage[row, :, done:now] = pool_keys(window, size, stride)
+                    stream.storage[row, :, done:now] = pool(window, size, stride)
         self.num_tokens = k.shape[2]
         return self.streams[1].filled, self.streams[COARSE].filled
 
@@ -92,7 +100,7 @@ class CompressedKeys:
         for stream in self.streams.values():
             stream.storage = change(stream.storage)
         if self.starts is not None:
-            self.starts = change(self.starts)
+            self.starts = change(torch.tensor(self.starts)).tolist()
 
     def to(self, device) -> None:
         for stream in self.streams.values():
@@ -284,6 +292,44 @@ def plan_sparse_attention(
     return SparsePlan(settings, kv_start)
 
 
+def _dense_rows(q, k, v, *, scale: float, kv_start: torch.Tensor | None) -> torch.Tensor:
+    """`dense_attention` where rows may begin at different keys; 0 for queries before a row's first key."""
+    starts = [0] if kv_start is None else kv_start.tolist()
+    if not any(starts):
+        return dense_attention(q, k, v, scale=scale)
+    outs = []
+    for row, start in enumerate(starts):
+        num_padding = min(max(q.shape[2] - max(k.shape[2] - start, 0), 0), q.shape[2])
+        out = q.new_zeros(1, q.shape[1], num_padding, q.shape[3])
+        if num_padding < q.shape[2]:
+            b = slice(row, row + 1)
+            real = dense_attention(q[b, :, num_padding:], k[b, :, start:], v[b, :, start:], scale=scale)
+            out = torch.cat((out, real), 2)
+        outs.append(out)
+    return torch.cat(outs)
+
+
+@dataclass(frozen=True)
+class AttentionOperations:
+    """The three operations that a backend brings; they take and return what the reference's do.
+
+    Args:
+        sparse: `sparse_attention`.
+        dense: `(q, k, v, *, scale, kv_start) -> out`, causal attention of the last TQ of TK positions.
+        pool_keys: `pool_keys`.
+    """
+
+    sparse: Callable
+    dense: Callable
+    pool_keys: Callable
+
+
+REFERENCE_OPERATIONS = AttentionOperations(sparse_attention, _dense_rows, pool_keys)
+# The keys of `sparse_config` that `sparse_attention` takes.
+_OPERATION_SETTINGS = ("kernel_size", "kernel_stride", "block_size", "init_blocks", "window_size", "topk")
+_ALL_ROWS = slice(None)
+
+
 def infllm_v2_attention_forward(
     module,
     query: torch.Tensor,
@@ -297,7 +343,7 @@ def infllm_v2_attention_forward(
     query_nope: torch.Tensor | None = None,
     key_nope: torch.Tensor | None = None,
     dropout: float = 0.0,
-    operation=sparse_attention,
+    operations: AttentionOperations | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function for a pass with a plan: `[B, HQ, TQ, D]` in, `[B, TQ, HQ, D]` out.
@@ -307,16 +353,17 @@ def infllm_v2_attention_forward(
     it is cut into chunks; decided a query at a time it depends on neither.
 
     Args:
-        operation: what runs the sparse queries, with the signature of `sparse_attention`.
+        operations: what runs the attention; plain PyTorch where None.
 
     Raises:
         ValueError: attention dropout, which block selection does not support.
     """
     if dropout:
         raise ValueError(f"`attention_dropout` must be 0 with sparse attention, got {dropout}.")
+    operations = operations or REFERENCE_OPERATIONS
     settings, kv_start = sparse_plan.settings, sparse_plan.kv_start
     num_queries, num_keys = query.shape[2], key.shape[2]
-    starts = [0] * query.shape[0] if kv_start is None else kv_start.tolist()
+    starts = [0] if kv_start is None else kv_start.tolist()
     num_dense = [min(max(settings["dense_len"] - 1 + s - (num_keys - num_queries), 0), num_queries) for s in starts]
 
     compressed, q_select = None, None
@@ -328,46 +375,35 @@ def infllm_v2_attention_forward(
             q_select = query_nope
             if source is None or source.shape[2] != num_keys:
                 raise ValueError("`use_nope` needs a cache that held unrotated keys from its first token on.")
-        compressed = pooled.update(source.to(key.device), kv_start, settings["kernel_size"], settings["kernel_stride"])
+        compressed = pooled.update(
+            source.to(key.device), kv_start, settings["kernel_size"], settings["kernel_stride"], operations.pool_keys
+        )
 
     def attend(rows: slice, dense: int) -> torch.Tensor:
         q, k, v = query[rows], key[rows], value[rows]
+        row_starts = None if kv_start is None else kv_start[rows]
         parts = []
         if dense:
             end = num_keys - num_queries + dense
-            parts.append(_dense_rows(q[:, :, :dense], k[:, :, :end], v[:, :, :end], starts[rows], scaling))
+            parts.append(
+                operations.dense(q[:, :, :dense], k[:, :, :end], v[:, :, :end], scale=scaling, kv_start=row_starts)
+            )
         if dense < num_queries:
-            out, _ = operation(
+            out, _ = operations.sparse(
                 q[:, :, dense:],
                 k,
                 v,
-                **{n: settings[n] for n in settings if n not in ("use_nope", "dense_len")},
+                **{name: settings[name] for name in _OPERATION_SETTINGS},
                 scale=scaling,
-                kv_start=None if kv_start is None else kv_start[rows],
+                kv_start=row_starts,
                 q_select=None if q_select is None else q_select[rows][:, :, dense:],
-                compressed=(compressed[0][rows], compressed[1][rows]),
+                compressed=compressed if rows is _ALL_ROWS else (compressed[0][rows], compressed[1][rows]),
             )
             parts.append(out)
-        return torch.cat(parts, 2)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     if len(set(num_dense)) == 1:
-        out = attend(slice(None), num_dense[0])
+        out = attend(_ALL_ROWS, num_dense[0])
     else:
         out = torch.cat([attend(slice(i, i + 1), dense) for i, dense in enumerate(num_dense)])
     return out.transpose(1, 2), None
-
-
-def _dense_rows(q, k, v, starts: list[int], scale: float) -> torch.Tensor:
-    """`dense_attention` where rows may begin at different keys; 0 for queries before a row's first key."""
-    if not any(starts):
-        return dense_attention(q, k, v, scale=scale)
-    outs = []
-    for row, start in enumerate(starts):
-        num_padding = min(max(q.shape[2] - max(k.shape[2] - start, 0), 0), q.shape[2])
-        out = q.new_zeros(1, q.shape[1], num_padding, q.shape[3])
-        if num_padding < q.shape[2]:
-            b = slice(row, row + 1)
-            real = dense_attention(q[b, :, num_padding:], k[b, :, start:], v[b, :, start:], scale=scale)
-            out = torch.cat((out, real), 2)
-        outs.append(out)
-    return torch.cat(outs)

@@ -1,0 +1,118 @@
+"""A transformers model, ours included, as the worker runs it."""
+
+import ctypes
+import gc
+import math
+import sys
+import time
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from minicpm4_hf.kernels import resolve_backend
+
+from .contestants import CONTESTANTS, build_model
+from .weights import make_weight, random_buffer, random_ids
+
+
+class TorchEngine:
+    """One model on the CPU; nothing is kept from one measurement to the next."""
+
+    def __init__(self, settings: dict):
+        torch.set_num_threads(settings["threads"])
+        contestant = CONTESTANTS[settings["contestant"]]
+        self.dtype, self.seed = getattr(torch, settings["dtype"]), settings["seed"]
+        config = contestant.make_config(settings["preset"])
+        self.model = build_model(config, self.dtype, contestant.attention)
+        self.buffer = random_buffer(self.seed)
+        fill_weights_(self.model, self.buffer)
+
+    def describe(self) -> dict:
+        config = self.model.config
+        facts = {"dtype": str(self.dtype).removeprefix("torch."), "attention": config._attn_implementation}
+        if getattr(config, "sparse_config", None):
+            facts["sparse_backend"] = resolve_backend("cpu")[0]
+        return facts
+
+    def prompt(self, tokens: int, chunk: int) -> dict:
+        """Seconds from a prompt's ids to the first token."""
+        ids = torch.tensor([random_ids(tokens, self.model.config.vocab_size, self.seed)])
+        cache = DynamicCache(config=self.model.config)
+        start = time.perf_counter()
+        for part in ids.split(chunk, dim=1):
+            token = self._step(part, cache)
+        token.item()
+        return {"seconds": [time.perf_counter() - start]}
+
+    def decode(self, tokens: int, steps: int) -> dict:
+        """Seconds of each of some steps with `tokens` random keys and values in the cache, and one step more."""
+        cache = self._filled_cache(tokens)
+        token = self._step(torch.tensor([[1]]), cache)  # untimed: grows the buffers, pools the keys
+        seconds = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            token = self._step(token, cache)
+            token.item()
+            seconds.append(time.perf_counter() - start)
+        return {"seconds": seconds}
+
+    def probe(self, tokens: int) -> dict:
+        """Some logits after a prompt, and after one more token; sparse attention is on from the first token."""
+        config = self.model.config
+        before = getattr(config, "sparse_config", None)
+        if before:
+            config.sparse_config = {**before, "dense_len": -1}
+        ids = torch.tensor([random_ids(tokens + 1, config.vocab_size, self.seed)])
+        cache, values = DynamicCache(config=config), []
+        for part in (ids[:, :-1], ids[:, -1:]):
+            with torch.inference_mode():
+                logits = self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            values += logits.float()[:: math.ceil(len(logits) / 256)].tolist()
+        if before:
+            config.sparse_config = before
+        return {"logits": values}
+
+    def release(self) -> None:
+        """Give freed memory back to the system."""
+        gc.collect()
+        if sys.platform == "linux":
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+            if trim is not None:
+                trim(0)
+
+    @torch.inference_mode()
+    def _step(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    @torch.inference_mode()
+    def _filled_cache(self, tokens: int) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        if not tokens:
+            return cache
+        sample = DynamicCache(config=self.model.config)
+        self._step(torch.tensor([[1]]), sample)  # shows what a layer caches
+        for i, layer in enumerate(sample.layers):
+            pair = [
+                self._random_states(like, tokens, 2 * i + part) for part, like in enumerate((layer.keys, layer.values))
+            ]
+            cache.update(*pair, i)
+        return cache
+
+    def _random_states(self, like: torch.Tensor, tokens: int, offset: int) -> torch.Tensor:
+        """`[B, H, tokens, D]` for a cache that holds `like [B, H, 1, D]`; made a piece at a time to save memory."""
+        batch, heads, _, dim = like.shape
+        out = torch.empty(batch, heads, tokens, dim, dtype=like.dtype)
+        flat, piece = out.view(-1), torch.from_numpy(self.buffer).to(like.dtype)
+        piece = piece.roll(offset * 7919)
+        for start in range(0, len(flat), len(piece)):
+            flat[start : start + len(piece)] = piece[: len(flat) - start]
+        return out
+
+
+@torch.no_grad()
+def fill_weights_(model: torch.nn.Module, buffer: np.ndarray) -> None:
+    """Give every parameter its random values; tied ones get them once."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(torch.from_numpy(make_weight(buffer, name, tuple(parameter.shape))))

@@ -1,0 +1,4 @@
+#define MC_ISA mc_avx512
+#define MC_WIDTH 16
+#define MC_BF16 0
+#include "kernels.inl"

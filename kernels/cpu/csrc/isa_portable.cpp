@@ -1,0 +1,4 @@
+#define MC_ISA mc_portable
+#define MC_WIDTH 4
+#define MC_BF16 0
+#include "kernels.inl"

@@ -1,0 +1,34 @@
+// All kernels for one instruction set. The file that includes this one defines
+//   MC_ISA    name of the table it exports
+//   MC_WIDTH  floats of a vector
+//   MC_BF16   1 where there are bfloat16 dot products (AVX512-BF16)
+// and is compiled with that instruction set's flags. Everything lies in an anonymous namespace: with external linkage
+// the linker would keep one copy of each inline function, and that one may use instructions the machine lacks.
+#include <stdint.h>
+#include <stdlib.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(MC_STD_THREADS)
+#include <thread>
+#include <vector>
+#endif
+#include "abi.h"
+
+namespace {
+#include "parallel.h"
+#include "vec.h"
+#include "engine_fp32.h"
+#if MC_BF16
+#include "engine_bf16.h"
+#endif
+#include "select.h"
+#include "attend.h"
+#include "pool.h"
+#include "linear.h"
+}  // namespace
+
+extern const mc_kernels MC_ISA = {attention, pool, linear};

@@ -1,0 +1,75 @@
+// Picks the instruction set once and exports the plain C functions.
+#include <stdlib.h>
+#include <string.h>
+#include "abi.h"
+
+// Which sets this build has is decided by what its compiler could do (setup.py).
+#if defined(MC_HAS_AVX512_BF16)
+extern const mc_kernels mc_avx512_bf16;
+#endif
+#if defined(MC_HAS_AVX512)
+extern const mc_kernels mc_avx512;
+#endif
+#if defined(MC_HAS_AVX2)
+extern const mc_kernels mc_avx2;
+#endif
+extern const mc_kernels mc_portable;
+
+namespace {
+
+struct Isa {
+    const char *name;
+    const mc_kernels *kernels;
+    bool (*runs_here)();
+};
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+bool always() { return true; }
+
+const Isa kIsas[] = {  // the fastest first
+#if defined(MC_HAS_AVX512_BF16)
+    {"avx512_bf16", &mc_avx512_bf16, has_avx512_bf16},
+#endif
+#if defined(MC_HAS_AVX512)
+    {"avx512", &mc_avx512, has_avx512},
+#endif
+#if defined(MC_HAS_AVX2)
+    {"avx2", &mc_avx2, has_avx2},
+#endif
+    {"portable", &mc_portable, always},
+};
+
+const Isa *g_isa = nullptr;
+
+}  // namespace
+
+// Chooses the instruction set: the named one, or the best that this machine runs for null. Returns its name, or null
+// where the name is unknown to this build or the machine lacks it. Called once, before any other function.
+MC_EXPORT const char *mc_choose_isa(const char *name) {
+    for (const Isa &isa : kIsas)
+        if ((!name || !strcmp(name, isa.name)) && isa.runs_here()) {
+            g_isa = &isa;
+            return isa.name;
+        }
+    return nullptr;
+}
+
+// The instruction sets of this build that the machine runs, fastest first: the i-th, or null after the last.
+MC_EXPORT const char *mc_isa_name(int64_t i) {
+    for (const Isa &isa : kIsas)
+        if (isa.runs_here() && i-- == 0) return isa.name;
+    return nullptr;
+}
+
+MC_EXPORT int64_t mc_abi_version() { return 1; }
+
+MC_EXPORT int mc_attention(const mc_attention_args *args) { return g_isa->kernels->attention(*args); }
+MC_EXPORT int mc_pool(const mc_pool_args *args) { return g_isa->kernels->pool(*args); }
+MC_EXPORT int mc_linear(const mc_linear_args *args) { return g_isa->kernels->linear(*args); }

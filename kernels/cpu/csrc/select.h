@@ -1,0 +1,282 @@
+// Block selection: score the pooled keys for a tile of queries, pool the scores to blocks, keep the best blocks.
+// Pooled keys lie on the vector's lanes (a chunk of them is transposed once for the whole tile), so that the sum over
+// the query group and the softmax run down the lanes. Only [queries of the tile, blocks] is ever stored.
+
+constexpr int kChunk = 64;  // pooled keys transposed at a time, at most (one block may take more)
+
+struct SelectFp32 {
+    typedef float word;
+    static constexpr int kPerWord = 1;
+    static constexpr int HEADS = W >= 16 ? 8 : 4;
+    template <class T>
+    MC_INLINE void copy_row(const T *from, word *to, int64_t dim) { convert_row(from, to, dim); }
+    template <class T>
+    MC_INLINE word key_word(const T *row, int64_t d) { return to_float(row[d]); }
+    MC_INLINE vf multiply_add(vf sum, vf keys, word query) { return sum + keys * query; }
+};
+
+#if MC_BF16
+struct SelectBf16 {
+    typedef uint32_t word;
+    static constexpr int kPerWord = 2;
+    static constexpr int HEADS = 8;
+    MC_INLINE void copy_row(const bf16 *from, word *to, int64_t dim) { __builtin_memcpy(to, from, dim * 2); }
+    MC_INLINE word key_word(const bf16 *row, int64_t d) {
+        word x;
+        __builtin_memcpy(&x, row + 2 * d, 4);
+        return x;
+    }
+    MC_INLINE vf multiply_add(vf sum, vf keys, word query) {
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)keys, (__m512bh)_mm512_set1_epi32((int)query));
+    }
+};
+#endif
+
+#if defined(__AVX512F__)
+// Rows of 4-byte words, 16 by 16 (`columns` of them where fewer are left), to columns.
+static void transpose16(const char *from, int64_t stride_bytes, uint32_t *to, int64_t to_stride, int64_t columns) {
+    __m512i a[16], b[16];
+    const __mmask16 mask = columns >= 16 ? 0xFFFF : (__mmask16)((1u << columns) - 1);
+    MC_UNROLL for (int i = 0; i < 16; i++) a[i] = _mm512_maskz_loadu_epi32(mask, from + i * stride_bytes);
+    MC_UNROLL for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    MC_UNROLL for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    MC_UNROLL for (int i = 0; i < 4; i++) {  // a[4 r + i] lane group c: column 4 c + i of rows 4 r .. 4 r + 3
+        __m512i x = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), y = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xDD);
+        __m512i z = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88), u = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xDD);
+        b[i] = _mm512_shuffle_i32x4(x, z, 0x88);
+        b[8 + i] = _mm512_shuffle_i32x4(x, z, 0xDD);
+        b[4 + i] = _mm512_shuffle_i32x4(y, u, 0x88);
+        b[12 + i] = _mm512_shuffle_i32x4(y, u, 0xDD);
+    }
+    MC_UNROLL for (int i = 0; i < 16; i++)
+        if (i < columns) _mm512_storeu_si512(to + i * to_stride, b[i]);
+}
+#endif
+
+// One stream of pooled keys of a row and head.
+template <class T>
+struct Stream {
+    const T *data;
+    int64_t stride, size, step;  // elements between keys; tokens of a window and between two
+    int64_t visible(int64_t position) const { return position + 1 < size ? 0 : (position + 1 - size) / step + 1; }
+};
+
+template <class S, class T>
+struct Selector {
+    typedef typename S::word word;
+    int64_t dim, group, words, chunk, width;  // keys of a chunk, and rounded up to whole vectors
+    int64_t blocks_per_chunk, per_block, carry;
+    float factor;
+    const mc_attention_args *args;
+    word *queries, *keys;            // [tile][group][words], [words][width]
+    float *scores, *maxima, *sums;   // [group][width], [tile][group][W] twice
+    float *lse, *window;             // [tile][group], [tile][carry + width]
+
+    static void geometry(const mc_attention_args &a, int64_t &chunk, int64_t &per_block, int64_t &carry) {
+        per_block = a.block_size / a.kernel_stride;
+        carry = a.kernel_size / a.kernel_stride - 1;
+        chunk = max64(1, kChunk / per_block) * per_block;
+    }
+
+    static size_t scratch_floats(const mc_attention_args &a, int64_t num_queries) {
+        int64_t chunk, per_block, carry, group = a.query_heads / a.heads;
+        geometry(a, chunk, per_block, carry);
+        int64_t width = round_up(chunk, 2 * W);
+        return num_queries * group * (a.dim + 2 * W + 1) + a.dim * width + group * width + num_queries * (carry + width) + 256;
+    }
+
+    Selector(const mc_attention_args &a, float *memory, int64_t num_queries) : args(&a) {
+        dim = a.dim, group = a.query_heads / a.heads, words = dim / S::kPerWord;
+        geometry(a, chunk, per_block, carry);
+        width = round_up(chunk, 2 * W), blocks_per_chunk = chunk / per_block;
+        factor = (float)(a.scale * 1.4426950408889634);
+        queries = (word *)memory;
+        keys = queries + round_up(num_queries * group * words, 16);
+        scores = (float *)(keys + words * width);
+        maxima = scores + group * width, sums = maxima + num_queries * group * W;
+        lse = sums + num_queries * group * W, window = lse + round_up(num_queries * group, 16);
+    }
+
+    void load_queries(const T *from, int64_t head_stride, int64_t token_stride, int64_t num_queries) {
+        for (int64_t i = 0; i < num_queries; i++)
+            for (int64_t h = 0; h < group; h++)
+                S::copy_row(from + i * token_stride + h * head_stride, queries + (i * group + h) * words, dim);
+    }
+
+    // Transposes `count` keys to [words][width], the rest of the lanes 0.
+    void load_keys(const Stream<T> &s, int64_t first, int64_t count) {
+        const T *from = s.data + first * s.stride;
+        int64_t j0 = 0;
+#if defined(__AVX512F__)
+        if (sizeof(T) == 4 || S::kPerWord == 2) {
+            for (; j0 + 16 <= count; j0 += 16)
+                for (int64_t d = 0; d < words; d += 16)
+                    transpose16((const char *)(from + j0 * s.stride) + 4 * d, s.stride * sizeof(T),
+                                (uint32_t *)keys + d * width + j0, width, words - d);
+        }
+#endif
+        for (int64_t d = 0; d < words; d++) {
+            for (int64_t j = j0; j < count; j++) keys[d * width + j] = S::key_word(from + j * s.stride, d);
+            for (int64_t j = count; j < width; j++) keys[d * width + j] = 0;
+        }
+    }
+
+    // Scores of HEADS heads against two vectors of keys, in the exponent's base 2.
+    template <int HEADS>
+    MC_INLINE void dots(const word *q, int64_t words, const word *k, int64_t width, float factor, float *to) {
+        vf acc[HEADS][2];
+        MC_UNROLL for (int h = 0; h < HEADS; h++) acc[h][0] = acc[h][1] = vf{};
+        for (int64_t d = 0; d < words; d++) {
+            vf a = load((const float *)(k + d * width)), b = load((const float *)(k + d * width) + W);
+            MC_UNROLL for (int h = 0; h < HEADS; h++) {
+                acc[h][0] = S::multiply_add(acc[h][0], a, q[h * words + d]);
+                acc[h][1] = S::multiply_add(acc[h][1], b, q[h * words + d]);
+            }
+        }
+        MC_UNROLL for (int h = 0; h < HEADS; h++) {
+            store(to + h * width, acc[h][0] * factor);
+            store(to + h * width + W, acc[h][1] * factor);
+        }
+    }
+
+    void score_query(int64_t i, int64_t count) {
+        const word *q = queries + i * group * words;
+        for (int64_t j = 0; j < count; j += 2 * W) {
+            int64_t h = 0;
+            for (; h + S::HEADS <= group; h += S::HEADS)
+                dots<S::HEADS>(q + h * words, words, keys + j, width, factor, scores + h * width + j);
+            if (h + 4 <= group && S::HEADS > 4) {
+                dots<4>(q + h * words, words, keys + j, width, factor, scores + h * width + j);
+                h += 4;
+            }
+            for (; h < group; h++) dots<1>(q + h * words, words, keys + j, width, factor, scores + h * width + j);
+        }
+    }
+
+    // log2-sum-exp2 over the keys of one stream that each query sees, for the queries whose bit is set.
+    void find_lse(const Stream<T> &s, int64_t first_position, int64_t num_queries, uint64_t which) {
+        for (int64_t i = 0; i < num_queries * group * W; i++) maxima[i] = kNoScore, sums[i] = 0;
+        int64_t most = 0;
+        for (int64_t i = 0; i < num_queries; i++)
+            if (which >> i & 1) most = s.visible(first_position + i);
+        for (int64_t first = 0; first < most; first += width) {
+            int64_t count = min64(width, most - first);
+            load_keys(s, first, count);
+            for (int64_t i = 0; i < num_queries; i++) {
+                int64_t seen = min64(count, s.visible(first_position + i) - first);
+                if (!(which >> i & 1) || seen <= 0) continue;
+                score_query(i, seen);
+                for (int64_t h = 0; h < group; h++) {
+                    float *row = scores + h * width;
+                    int64_t end = round_up(seen, W);
+                    for (int64_t j = seen; j < end; j++) row[j] = -1e37f;
+                    float *at = maxima + (i * group + h) * W, *sum_at = sums + (i * group + h) * W;
+                    vf old = load(at), now = old;
+                    for (int64_t j = 0; j < end; j += W) now = vmax(now, load(row + j));
+                    vf sum = load(sum_at) * exp2_of<4>(old - now);
+                    for (int64_t j = 0; j < end; j += W) sum += exp2_of<4>(load(row + j) - now);
+                    store(at, now);
+                    store(sum_at, sum);
+                }
+            }
+        }
+        for (int64_t i = 0; i < num_queries * group; i++) {
+            if (!(which >> (i / group) & 1)) continue;
+            vf largest = load(maxima + i * W);
+            float top = hmax(largest);
+            lse[i] = top + log2_scalar(hsum(load(sums + i * W) * exp2_of<4>(largest - splat(top))));
+        }
+    }
+
+    // Block scores of blocks [begin, end) into to[query * row + block]: the largest weight, summed over the group,
+    // among the pooled keys that touch the block.
+    void score_blocks(const Stream<T> &s, int64_t first_position, int64_t num_queries, int64_t begin, int64_t end,
+                      float *to, int64_t row) {
+        int64_t back = (carry + per_block - 1) / per_block;  // blocks whose keys reach into the first one
+        int64_t last_seen = s.visible(first_position + num_queries - 1);
+        int64_t span = carry + width;
+        for (int64_t i = 0; i < num_queries * span; i++) window[i] = 0;
+        for (int64_t block = max64(0, begin - back); block < end; block += blocks_per_chunk) {
+            int64_t first = block * per_block, blocks = min64(blocks_per_chunk, end - block);
+            int64_t count = max64(0, min64(blocks * per_block, last_seen - first));
+            if (count > 0) load_keys(s, first, count);
+            for (int64_t i = 0; i < num_queries; i++) {
+                float *w = window + i * span;
+                for (int64_t j = 0; j < carry; j++) w[j] = w[chunk + j];
+                int64_t seen = max64(0, min64(count, s.visible(first_position + i) - first));
+                if (seen > 0) score_query(i, seen);
+                const float *minus = lse + i * group;
+                for (int64_t j = 0; j < seen; j += W) {
+                    vf sum = vf{};
+                    for (int64_t h = 0; h < group; h++)
+                        sum += exp2_of<4>(vmin(load(scores + h * width + j) - splat(minus[h]), splat(kMaxExponent)));
+                    store(w + carry + j, sum);
+                }
+                for (int64_t j = seen; j < blocks * per_block; j++) w[carry + j] = 0;
+                for (int64_t b = max64(0, begin - block); b < blocks; b++) {
+                    const float *p = w + b * per_block;
+                    float best = p[0];
+                    for (int64_t j = 1; j < per_block + carry; j++) best = p[j] > best ? p[j] : best;
+                    to[i * row + block + b] = best;
+                }
+            }
+        }
+    }
+
+    // Both passes for one tile: scores of blocks [begin, end).
+    void run(const Stream<T> &fine, const Stream<T> &coarse, int64_t first_position, int64_t num_queries,
+             int64_t begin, int64_t end, float *to, int64_t row) {
+        uint64_t all = ~0ull >> (64 - num_queries), sees_coarse = 0;
+        for (int64_t i = 0; i < num_queries; i++)
+            if (args->lse_approx && coarse.visible(first_position + i) > 0) sees_coarse |= 1ull << i;
+        if (sees_coarse) find_lse(coarse, first_position, num_queries, sees_coarse);
+        if (all & ~sees_coarse) find_lse(fine, first_position, num_queries, all & ~sees_coarse);
+        score_blocks(fine, first_position, num_queries, begin, end, to, row);
+    }
+};
+
+// How many of `count` non-negative floats, as ordered integers, are at least `limit`.
+MC_INLINE int64_t count_at_least(const int32_t *x, int64_t count, int32_t limit) {
+    int32_t total = 0;
+    for (int64_t i = 0; i < count; i++) total += x[i] >= limit;
+    return total;
+}
+
+// Sets bit `query` of masks[block] for each block the query attends to, and lists them in ascending order, padded
+// with -1: the first `init_blocks`, the local window, and of the others the best by score, ties to the lower index.
+static void choose_blocks(const mc_attention_args &a, const float *scores, int64_t own_block, int64_t query,
+                          uint64_t *masks, int32_t *list) {
+    const int64_t local = a.window_size / a.block_size, budget = a.topk + local;
+    int64_t count = 0;
+    auto take = [&](int64_t block) {
+        masks[block] |= 1ull << query;
+        list[count++] = (int32_t)block;
+    };
+    if (own_block < budget) {
+        for (int64_t b = 0; b <= own_block; b++) take(b);
+    } else {
+        const int64_t begin = a.init_blocks, end = own_block - local;  // the blocks that compete
+        const int64_t room = budget - a.init_blocks - local - 1;
+        const int32_t *ranked = (const int32_t *)scores + begin;
+        int32_t limit = 0;  // the largest number that at least `room` scores reach
+        for (int bit = 30; bit >= 0; bit--)
+            if (count_at_least(ranked, end - begin, limit | 1 << bit) >= room) limit |= 1 << bit;
+        int64_t ties = room - (limit == INT32_MAX ? 0 : count_at_least(ranked, end - begin, limit + 1));
+        for (int64_t b = 0; b < begin; b++) take(b);
+        if (room > 0)
+            for (int64_t b = begin; b < end; b++) {
+                int32_t score = ranked[b - begin];
+                if (score > limit || (score == limit && ties-- > 0)) take(b);
+            }
+        for (int64_t b = end; b <= own_block; b++) take(b);
+    }
+    while (count < budget) list[count++] = -1;
+}
