@@ -315,6 +315,31 @@ def test_misfits_are_named_and_auto_falls_back(change, words):
     torch.testing.assert_close(sparse_attention(q, k, v, **settings), reference(q, k, v, **settings))
 
 
+@runs_kernels
+@pytest.mark.parametrize("mode", ["prefill", "attention", "training", "decode"])
+def test_the_gpu_bench_runs(mode, monkeypatch, capsys):
+    from minicpm4_hf.kernels.bench import cuda as bench
+
+    monkeypatch.setitem(bench.HEADS, "tiny", (2, 1, 16))
+    case = bench.Case("tiny", 1, 130, 2, mode)
+    result = bench.measure_case(case, torch.float32, DEVICE, 2, {"matmul_tflops": 1.0, "copy_tbs": 1.0})
+    bench.print_case(case, result)
+    assert result["parity"]["error"] <= result["parity"]["limit"]
+    assert {row["name"] for row in result["times"]} >= {"ours"}
+    assert result["rates"]["tflops"] > 0 and result["rates"]["of_copy"] > 0
+    assert "ours" in capsys.readouterr().out
+
+
+def test_every_gpu_case_has_a_name_and_fits():
+    from minicpm4_hf.kernels.bench.cuda import GPU_DEFAULTS, gpu_cases
+
+    cases = gpu_cases()
+    assert len(cases) == 2 * (6 * 4 * 3 + 6) and set(GPU_DEFAULTS) <= set(cases)
+    for case in cases.values():
+        assert case.settings["topk"] + case.settings["window_size"] // 64 == case.num_blocks
+        assert case.settings["topk"] > case.settings["init_blocks"]
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors of any device")
 def test_tensors_on_the_cpu_are_refused():
     q, k, v = make_inputs(1, 8, 1, 1, 16, device="cpu")
