@@ -7,11 +7,13 @@ import torch
 from minicpm4_hf.configuration_minicpm4 import complete_sparse_config
 from minicpm4_hf.kernels import resolve_backend
 from minicpm4_hf.kernels.infllm_v2.checks import check_tensors, refuse_unserved
-from minicpm4_hf.kernels.infllm_v2.gpu import run_best, run_triton, sparse_attention_packed
+from minicpm4_hf.kernels.infllm_v2.gpu import attend_static, pool_static, run_best, run_triton, sparse_attention_packed
 from minicpm4_hf.sparse_attention import sparse_attention as _reference
 from minicpm4_hf.sparse_cache import REFERENCE_OPERATIONS, AttentionOperations
 
-_TRITON_OPERATIONS = replace(REFERENCE_OPERATIONS, sparse=run_best)
+_TRITON_OPERATIONS = replace(
+    REFERENCE_OPERATIONS, sparse=run_best, pool_static=pool_static, attend_static=attend_static
+)
 
 
 def sparse_attention(

@@ -69,12 +69,17 @@ def select_decode_kernel(
     NBP: tl.constexpr,
     S: tl.constexpr,
     SP: tl.constexpr,
+    BUDGET: tl.constexpr,
+    DENSE_LEN: tl.constexpr,
     INIT: tl.constexpr,
     LOCAL: tl.constexpr,
     LSE_APPROX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`block_indices [B, H, TQ, S]`; `scores [B * TQ * H, NB]` and `arrived [B * TQ * H]`, zeros, are scratch."""
+    """`block_indices [B, H, TQ, S]`: BUDGET blocks, or all of them where a query has fewer than DENSE_LEN keys.
+
+    `scores [B * TQ * H, NB]` and `arrived [B * TQ * H]`, zeros, are scratch.
+    """
     i_p, i_bth = tl.program_id(0), tl.program_id(1)
     i_h, i_bt = (i_bth % H).to(tl.int64), i_bth // H
     i_b, i_t = i_bt // TQ, i_bt % TQ
@@ -88,7 +93,8 @@ def select_decode_kernel(
     num_seen = count_windows(position + 1, SIZE, STRIDE)
     num_scored = tl.cdiv(num_seen, PER_BLOCK)
     p_s = scores + i_bth.to(tl.int64) * NB
-    if own + 1 > S:
+    budget = tl.where(position + 1 < DENSE_LEN, S, BUDGET)
+    if own + 1 > budget:
         o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
         b_q = load_query(q, i_z, i_h, i_t, stride_qz, stride_qh, stride_qt, o_c, o_d, G, D)
         p_f = k_cmp + i_z * stride_fz + i_h * stride_fh
@@ -118,11 +124,11 @@ def select_decode_kernel(
     before = tl.atomic_add(arrived + i_bth, 1, sem="acq_rel")
     if before == tl.num_programs(0) - 1:
         o_m = tl.arange(0, NBP)
-        num_scored = tl.where(own + 1 > S, num_scored, 0)
+        num_scored = tl.where(own + 1 > budget, num_scored, 0)
         b_x = tl.load(p_s + o_m, mask=o_m < num_scored, other=0.0, cache_modifier=".cg")[None, :]
         one = tl.zeros([1], tl.int32)
         p_out = block_indices + ((i_z * H + i_h) * TQ + i_t) * S + one
-        pick_blocks(b_x, p_out, own + one, one == 0, NBP, 1, S, SP, INIT, LOCAL)
+        pick_blocks(b_x, p_out, own + one, budget + one, one == 0, NBP, 1, S, SP, INIT, LOCAL)
 
 
 @triton.jit
@@ -231,6 +237,11 @@ def reduce_decode_kernel(
     tl.store(lse + (i_z * HQ + i_head) * TQ + i_t, (largest + tl.log2(total)) * LN_2)
 
 
+def list_width(budget: int, dense_len: int, num_blocks: int, block_size: int) -> int:
+    """Blocks that a list has room for: the budget, or what fewer than `dense_len` keys fill."""
+    return max(budget, min(triton.cdiv(max(dense_len - 1, 0), block_size), num_blocks))
+
+
 @lru_cache
 def count_processors(device: torch.device) -> int:
     """Multiprocessors of a device; an H100's for tensors that are not on one."""
@@ -253,18 +264,23 @@ def select_decode(
     scale: float,
     kv_start: torch.Tensor | None = None,
     kv_end: torch.Tensor | None = None,
+    dense_len: int = 0,
 ) -> torch.Tensor:
-    """`select_fwd` for the few newest queries; `num_keys` is the most keys a row can have."""
+    """`select_fwd` for the few newest queries; `num_keys` is the most keys a row can have.
+
+    A query with fewer than `dense_len` keys gets all their blocks, and lists are as long as that takes.
+    """
     batch, query_heads, num_queries, dim = q.shape
     heads = k_cmp.shape[1]
     group = query_heads // heads
     budget = topk + window_size // block_size
     num_blocks = triton.cdiv(num_keys, block_size)
+    listed = list_width(budget, dense_len, num_blocks, block_size)
     programs = batch * num_queries * heads
     tile = BLOCKS_PER_TILE if q.dtype != torch.float32 else BLOCKS_PER_TILE // 2
     splits = min(triton.cdiv(num_blocks, tile), triton.cdiv(count_processors(q.device), programs), MAX_SPLITS)
     width = triton.next_power_of_2(num_blocks)
-    block_indices = q.new_empty(batch, heads, num_queries, budget, dtype=torch.int32)
+    block_indices = q.new_empty(batch, heads, num_queries, listed, dtype=torch.int32)
     scores = q.new_empty(programs, num_blocks if num_blocks > budget else 1, dtype=torch.float32)
     select_decode_kernel[(splits if num_blocks > budget else 1, programs)](
         q,
@@ -293,8 +309,10 @@ def select_decode(
         STRIDE=kernel_stride,
         PER_KERNEL=kernel_size // kernel_stride,
         NBP=width,
-        S=budget,
-        SP=triton.next_power_of_2(budget),
+        S=listed,
+        SP=triton.next_power_of_2(listed),
+        BUDGET=budget,
+        DENSE_LEN=dense_len,
         INIT=init_blocks,
         LOCAL=window_size // block_size,
         LSE_APPROX=lse_approx,

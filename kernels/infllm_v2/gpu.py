@@ -22,6 +22,20 @@ def run_best(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs) -> tup
     return (run_triton if serves(q, k, kwargs) else reference)(q, k, v, **kwargs)
 
 
+def pool_static(*args, **kwargs) -> None:
+    """See `triton_backend.pool_static`."""
+    from minicpm4_hf.kernels.infllm_v2 import triton_backend
+
+    triton_backend.pool_static(*args, **kwargs)
+
+
+def attend_static(*args, **kwargs) -> torch.Tensor:
+    """See `triton_backend.attend_static`."""
+    from minicpm4_hf.kernels.infllm_v2 import triton_backend
+
+    return triton_backend.attend_static(*args, **kwargs)
+
+
 def serves(q: torch.Tensor, k: torch.Tensor, settings: dict) -> bool:
     """Whether the Triton kernels take these tensors and settings; one warning says so where they do not."""
     from minicpm4_hf.kernels.infllm_v2 import triton_backend

@@ -254,6 +254,7 @@ def pick_blocks(
     b_x,
     p_out,
     own,
+    budget,
     m_t,
     NBP: tl.constexpr,
     R: tl.constexpr,
@@ -262,26 +263,26 @@ def pick_blocks(
     INIT: tl.constexpr,
     LOCAL: tl.constexpr,
 ):
-    """Write the S best blocks of `b_x [R, NBP]` (scores, at least 0) for queries in block `own [R]` (-1: none).
+    """Write the best blocks of `b_x [R, NBP]` (scores, at least 0) for queries in block `own [R]` (-1: none).
 
-    Scores that are not negative order as their bits do, so the S-th largest is built bit by bit from counts: exact,
-    and ties can go to the lower index.
+    A query gets `budget [R]` of them, at most S, the length of its list. Scores that are not negative order as their
+    bits do, so the last one taken is built bit by bit from counts: exact, and ties can go to the lower index.
     """
     o_m = tl.arange(0, NBP)[None, :]
     visible = o_m <= own[:, None]
     forced = (o_m < INIT) | (o_m >= (own - LOCAL)[:, None])
-    b_x = tl.where(own[:, None] + 1 <= S, 0.0, b_x)  # the query takes all it sees, and was not scored
+    b_x = tl.where((own + 1 <= budget)[:, None], 0.0, b_x)  # the query takes all it sees, and was not scored
     b_x = tl.where(forced, float("inf"), b_x)
     b_bits = tl.where(visible, b_x.to(tl.int32, bitcast=True), -1)
     threshold = tl.zeros([R], tl.int32)
     for i in range(31):
         larger = threshold | (1 << (30 - i))
-        threshold = tl.where(tl.sum((b_bits >= larger[:, None]).to(tl.int32), 1) >= S, larger, threshold)
+        threshold = tl.where(tl.sum((b_bits >= larger[:, None]).to(tl.int32), 1) >= budget, larger, threshold)
     above, tied = b_bits > threshold[:, None], b_bits == threshold[:, None]
     # One scan for both counts: those above in the high half, those tied in the low one.
     b_scan = tl.cumsum(above.to(tl.int32) * 65536 + tied.to(tl.int32), 1)
     num_above, num_tied = b_scan >> 16, b_scan & 65535
-    room = S - tl.sum(above.to(tl.int32), 1)
+    room = budget - tl.sum(above.to(tl.int32), 1)
     chosen = above | (tied & (num_tied <= room[:, None]))
     slot = num_above + tl.minimum(num_tied, room[:, None]) - 1
     count = tl.sum(chosen.to(tl.int32), 1)
@@ -340,7 +341,7 @@ def topk_fwd_kernel(
         )
         b_x = tl.maximum(b_x, tl.load(p_s + d * stride_plane, mask=mask, other=0.0))
     p_out = block_indices + ((i_z * H + i_h) * TQ + bos_q + o_t) * S
-    pick_blocks(b_x, p_out, own, m_t, NBP, R, S, SP, INIT, LOCAL)
+    pick_blocks(b_x, p_out, own, tl.full([R], S, tl.int32), m_t, NBP, R, S, SP, INIT, LOCAL)
 
 
 def num_planes(kernel_size: int, kernel_stride: int, block_size: int) -> int:

@@ -11,7 +11,7 @@ import triton
 from minicpm4_hf.kernels.infllm_v2.attend import attend_fwd
 from minicpm4_hf.kernels.infllm_v2.attend_bwd import attend_bwd
 from minicpm4_hf.kernels.infllm_v2.compress import compress_fwd
-from minicpm4_hf.kernels.infllm_v2.decode import MAX_QUERIES, attend_decode, select_decode
+from minicpm4_hf.kernels.infllm_v2.decode import MAX_QUERIES, attend_decode, list_width, select_decode
 from minicpm4_hf.kernels.infllm_v2.topk import MAX_PLANES, num_planes, select_fwd
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -145,12 +145,14 @@ def select_blocks(
     kv_end: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int,
+    dense_len: int = 0,
 ) -> torch.Tensor:
     """Blocks for each query of `q [B, HQ, TQ, D]`: int32 `[B, H, TQ, S]`, ascending, padded with -1.
 
     Args:
         num_keys: keys of a row, padding included; the most it can have where `kv_end` gives the end of each.
         cu_seqlens: int32 `[rows + 1]` for packed rows (B = 1); `max_seqlen` bounds their length.
+        dense_len: a query with fewer keys gets all their blocks (decoding only; S grows to hold them).
     """
     q, k_cmp, k_coarse = _with_dense_rows(q, k_cmp, k_coarse)
     settings = {
@@ -163,15 +165,18 @@ def select_blocks(
         "lse_approx": lse_approx,
         "scale": scale,
     }
-    if _is_decoding(q, k_cmp, cu_seqlens):
-        return select_decode(q, k_cmp, k_coarse, num_keys, **settings, kv_start=kv_start, kv_end=kv_end)
+    if dense_len or _is_decoding(q, k_cmp, cu_seqlens):
+        rows = {"kv_start": kv_start, "kv_end": kv_end, "dense_len": dense_len}
+        return select_decode(q, k_cmp, k_coarse, num_keys, **settings, **rows)
     rows = {"kv_start": kv_start, "kv_end": kv_end, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
     return select_fwd(q, k_cmp, k_coarse, num_keys, **settings, **rows)
 
 
 @select_blocks.register_fake
-def _(q, k_cmp, k_coarse, num_keys, size, stride, block_size, init_blocks, window_size, topk, *rest):
-    shape = (q.shape[0], k_cmp.shape[1], q.shape[2], topk + window_size // block_size)
+def _(q, k_cmp, k_coarse, num_keys, size, stride, block_size, init, window_size, topk, *rest, dense_len=0):
+    budget, dense_len = topk + window_size // block_size, rest[6] if len(rest) > 6 else dense_len
+    width = list_width(budget, dense_len, -(-num_keys // block_size), block_size) if dense_len else budget
+    shape = (q.shape[0], k_cmp.shape[1], q.shape[2], width)
     return q.new_empty(shape, dtype=torch.int32)
 
 
@@ -339,3 +344,49 @@ def sparse_attention(
         )
     rows = (kv_start, kv_end, cu_seqlens, longest, deterministic)
     return attend_blocks(q, k, v, block_indices, block_size, scale, *rows)[0], block_indices
+
+
+def pool_static(
+    k: torch.Tensor,
+    pooled: tuple[torch.Tensor, torch.Tensor],
+    num_new: int,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    kv_start: torch.Tensor | None,
+    kv_end: torch.Tensor,
+) -> None:
+    """Add the windows that the last `num_new` keys of each row complete to buffers of fixed size.
+
+    Args:
+        k: `[B, H, TK, D]`, a buffer whose rows end at `kv_end [B]`.
+        pooled: `[B, H, N, D]` and the coarse one, with room for the windows of TK keys; changed in place.
+    """
+    compress_keys_(k, *pooled, kernel_size, kernel_stride, num_new, kv_start, kv_end)
+
+
+def attend_static(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pooled: tuple[torch.Tensor, torch.Tensor],
+    settings: dict,
+    *,
+    scale: float,
+    kv_start: torch.Tensor | None,
+    kv_end: torch.Tensor,
+) -> torch.Tensor:
+    """A decoding step in buffers of fixed size: up to `MAX_QUERIES` new queries, lengths on the device.
+
+    A query with fewer than `settings["dense_len"]` keys attends to all of them. Grids depend on shapes only and no
+    number is read back, so a CUDA graph can hold the step.
+    """
+    misfit = name_misfit(q, k, settings)
+    if misfit is not None:
+        raise ValueError(misfit)
+    names = ("kernel_size", "kernel_stride", "block_size", "init_blocks", "window_size", "topk")
+    selecting = (k.shape[2], *(settings[name] for name in names), True, scale, kv_start, kv_end, None, k.shape[2])
+    with torch.no_grad():
+        blocks = select_blocks(q, *pooled, *selecting, settings["dense_len"])
+        rows = (kv_start, kv_end, None, k.shape[2], False)
+        return attend_blocks(q, k, v, blocks, settings["block_size"], scale, *rows)[0]

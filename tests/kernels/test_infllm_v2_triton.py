@@ -260,6 +260,38 @@ def test_static_buffers_step_by_step(poisoned):
 
 
 @runs_kernels
+@pytest.mark.parametrize("dense_len", [-1, 60], ids=["sparse", "crossing-dense-len"])
+def test_model_with_a_static_cache(dense_len, monkeypatch):
+    """Left-padded rows, a prompt and single steps in buffers of fixed size, against the default cache."""
+    from small_models import SMALL_SPARSE, build_model
+    from transformers import StaticCache
+
+    from minicpm4_hf import kernels, sparse_cache
+    from minicpm4_hf.kernels import infllm_v2
+
+    model = build_model(group=2, heads=1, sparse={**SMALL_SPARSE, "dense_len": dense_len}).to(DEVICE)
+    ids = torch.randint(1, 96, (2, 70), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        monkeypatch.setattr(sparse_cache, "STATIC_DEVICES", (DEVICE,))
+        for module in (kernels, infllm_v2):
+            monkeypatch.setattr(module, "resolve_backend", lambda *args: ("triton", ""))
+        cache = StaticCache(config=model.config, max_cache_len=90)
+        for begin, end in ((0, 55), (55, 56), (56, 59), *((n, n + 1) for n in range(59, 70))):
+            out = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+            real = mask[:, begin:end].bool()
+            torch.testing.assert_close(out[real], expected[:, begin:end][real], rtol=0, atol=1e-4)
+        assert all(isinstance(layer, sparse_cache.StaticSparseLayer) for layer in cache.layers)
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=5, do_sample=False, cache_implementation="static"
+        )
+    monkeypatch.undo()
+    assert torch.equal(out, model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False))
+
+
+@runs_kernels
 def test_ops_follow_the_rules():
     from minicpm4_hf.kernels.infllm_v2 import triton_backend as ops
 
