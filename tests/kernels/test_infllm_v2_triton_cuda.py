@@ -222,4 +222,6 @@ def test_shipped_checkpoint_gives_the_logits_of_the_cpu():
         logits = model(ids.cuda()).logits.cpu()
         assert (logits - expected).abs().max() < 1e-2 * expected.abs().max()
         assert (logits.argmax(-1) == expected.argmax(-1)).float().mean() > 0.999
-        assert torch.equal(model.generate(ids[:, :500].cuda(), max_new_tokens=20, do_sample=False).cpu(), continued)
+        for cache in ("dynamic", "static"):  # transformers compiles a static cache's steps, as CUDA graphs
+            options = {"max_new_tokens": 20, "do_sample": False, "cache_implementation": cache}
+            assert torch.equal(model.generate(ids[:, :500].cuda(), **options).cpu(), continued), cache
