@@ -22,8 +22,8 @@ from minicpm4_hf.kernels.infllm_v2.layout import (
     tile_of_group,
 )
 
-# Block scores in memory at a time: stays in a Hopper's level-2 cache, and still is enough work to fill the device.
-SCORE_BYTES = 32 * 1024 * 1024
+# Block scores in memory at a time: little beside the keys, and enough work for each launch to fill the device.
+SCORE_BYTES = 64 * 1024 * 1024
 MAX_PLANES = 3  # blocks one window may touch
 
 

@@ -33,7 +33,13 @@ KERNELS = {
     "attend_decode_kernel",
     "reduce_decode_kernel",
 }
-HEADS = {"8B": (32, 2, 128), "0.5B": (16, 2, 64), "group of 3": (24, 8, 96), "no group": (8, 8, 64)}  # HQ, H, D
+HEADS = {
+    "8B": (32, 2, 128),
+    "0.5B": (16, 2, 64),
+    "group of 3": (24, 8, 96),
+    "no group": (8, 8, 64),
+    "one head": (1, 1, 16),
+}  # HQ, H, D
 
 
 def launches_of(heads, dtype, num_keys=131072, num_rows=None):
@@ -98,6 +104,13 @@ def test_matrix_instructions_of_hopper_are_used():
             sass = compile_for(launch, 90, with_sass=True).sass
             assert "HGMMA" in sass, launch.kernel.__name__
             assert "LDGSTS" in sass, launch.kernel.__name__  # loads run ahead of the products
+
+
+def test_sizes_of_one_compile():
+    """Triton makes constants of arguments that are 1: one key head, one query head, a text of few blocks."""
+    for num_keys in (9, 700):
+        for launch in launches_of("one head", torch.bfloat16, num_keys=num_keys):
+            compile_for(launch, 90)
 
 
 @pytest.mark.slow
