@@ -2,11 +2,13 @@
 
     python -m minicpm4_hf.kernels.bench --op infllm_v2
     python -m minicpm4_hf.kernels.bench --op infllm_v2 --shape 8b-32k-decode --repeats 30 --json speed.json
+    python -m minicpm4_hf.kernels.bench --op dense --shape 0.5b-32k-prefill --dtype bfloat16 --device cpu
     python -m minicpm4_hf.kernels.bench --op infllm_v2 --device cuda --dtype bfloat16
     python -m minicpm4_hf.kernels.bench --op infllm_v2 --device cuda --dtype bfloat16 --shape 8b-2x128k-s64-training
 
-The candidates take turns, and 256 MB are overwritten before each call, so that none finds its keys in a cache. The
-last line of stdout is one JSON document.
+The candidates take turns, over so many different inputs that none finds its keys in a cache. Two ceilings of the
+machine are measured in the same turns: the rate of a large matrix product, and how fast memory is read. The last line
+of stdout is one JSON document.
 """
 
 import argparse
@@ -23,11 +25,14 @@ from pathlib import Path
 
 import torch
 
+from minicpm4_hf.kernels import BACKENDS, resolve_backend
 from minicpm4_hf.kernels.bench.cuda import GPU_DEFAULTS, describe_gpu, gpu_cases, measure_case, print_case
 from minicpm4_hf.kernels.bench.registry import OPS, Op, Shape, measure_parity
 
 DTYPES = ("float32", "bfloat16", "float16")
-FLUSH_BYTES = 256 * 1024 * 1024  # more than the last-level cache of today's CPUs and GPUs
+COLD_BYTES = 256 * 1024 * 1024  # more than the last-level cache of today's CPUs and GPUs
+SLOW_SECONDS = 30  # a candidate that has taken so long in all is called three times, not more
+MATMUL, MEMORY = "torch matmul 2048", "memory read"  # the ceilings
 
 
 def describe_machine(device: str) -> dict:
@@ -43,53 +48,114 @@ def describe_machine(device: str) -> dict:
     return machine
 
 
-def time_in_turns(candidates: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:
-    """Call each candidate once to warm up, then `repeats` times in turns; wall times in milliseconds."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-    synchronize = torch.cuda.synchronize if flush.is_cuda else lambda: None
+def time_in_turns(
+    candidates: dict[str, Callable], repeats: int, device: str, calls: int = 1
+) -> dict[str, list[float]]:
+    """Call each candidate with 0 .. `calls` - 1, once to warm up and then in turns; milliseconds a call.
+
+    Decoding takes several calls a turn, as the layers of a model follow one another: alone, a call of a tenth of a
+    millisecond would mostly measure how long its own code takes to come from memory.
+    """
+    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     times_ms = {name: [] for name in candidates}
-    for round_index in range(repeats + 1):
+    for turn in range(repeats + 1):
         for name, call in candidates.items():
-            flush.fill_(round_index % 256)
+            if len(times_ms[name]) >= 3 and calls * sum(times_ms[name]) > SLOW_SECONDS * 1e3:
+                continue
             synchronize()
             start = time.perf_counter()
-            call()
+            for i in range(calls):
+                call(i)
             synchronize()
-            if round_index:
-                times_ms[name].append((time.perf_counter() - start) * 1e3)
+            seconds = time.perf_counter() - start
+            if turn or seconds > SLOW_SECONDS:  # nothing to warm up in that
+                times_ms[name].append(seconds / calls * 1e3)
     return times_ms
 
 
-def bench_shape(op: Op, shape: Shape, dtype: torch.dtype, device: str, repeats: int) -> dict:
-    """Check every backend at one shape, then time all of them and the dense forms.
+def ceilings(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable, float]]:
+    """What the machine can do at best: a call, and the operations (matrix product) or bytes (memory) of it."""
+    square = torch.randn(2048, 2048, device=device).to(dtype)
+    rows = COLD_BYTES // (4096 * 2)
+    if torch.device(device).type == "cpu" and resolve_backend("cpu")[0] == "cpu":
+        from minicpm4_hf.kernels.cpu.linear import linear
+
+        weight, x = torch.randn(rows, 4096).bfloat16(), torch.randn(1, 4096).bfloat16()
+        read = lambda i: linear(x, weight)  # noqa: E731
+    else:
+        weight = torch.randn(rows, 2048, device=device)
+        read = lambda i: weight.sum()  # noqa: E731
+    return {MATMUL: (lambda i: square @ square, 2 * 2048**3), MEMORY: (read, weight.numel() * weight.itemsize)}
+
+
+def bench_shape(
+    op: Op, shape: Shape, dtype: torch.dtype, device: str, repeats: int, backends: list[str] | None = None
+) -> dict:
+    """Check every backend at one shape, then time all of them, the dense forms and the machine's ceilings.
 
     Returns:
-        `parity`: a row a backend, and `times`: a row a candidate, with the speed-up over the fastest dense form.
+        `parity`: a row a backend; `times`: a row a candidate, with the speed-up over the fastest dense form;
+        `ceilings`: GFLOP/s and GB/s; for our calls `gflops` of attention (prefill), or `over_limit`, the time over
+        that of reading what must be read (decoding).
 
     Raises:
         RuntimeError: a backend is wrong; nothing is timed then.
     """
-    inputs = op.make_inputs(shape, dtype, device, 0)
-    backends = op.backends(torch.device(device).type)
+    backends = backends or op.backends(torch.device(device).type)
+    inputs = [op.make_inputs(shape, dtype, device, 0)]
     parity = []
     for backend in backends:
-        error, limit = measure_parity(op, shape, backend, inputs)
+        error, limit = measure_parity(op, shape, backend, inputs[0])
         if error > limit:
             raise RuntimeError(f"backend {backend} differs from dense attention by {error:.2e} (allowed {limit:.2e})")
         parity.append({"backend": backend, "error": error, "limit": limit})
 
-    dense = op.dense_forms(shape)
-    ours = {f"ours {backend}": op.call(shape, backend) for backend in backends}
+    if shape.num_queries == 1:
+        size = sum(tensor.numel() * tensor.itemsize for tensor in inputs[0])
+        copies = min(max(-(-COLD_BYTES // size), 8), 64)
+        inputs += [op.make_inputs(shape, dtype, device, seed) for seed in range(1, copies)]
+    calls = {name: lambda i, form=form: form(*inputs[i]) for name, form in op.dense_forms(shape).items()}
+    dense = list(calls)
+    for backend in backends:
+        kept = [op.keep(shape, backend, k) for _, k, _ in inputs]
+        call = op.call(shape, backend)
+        calls[f"ours {backend}"] = lambda i, call=call, kept=kept: call(*inputs[i], kept[i])
+    best = backends[0]
+    if op.call is not OPS["dense"].call:
+        ours_dense = OPS["dense"].call(shape, best)
+        calls[f"ours dense {best}"] = lambda i: ours_dense(*inputs[i])
+    limits = ceilings(dtype, device)
     with torch.no_grad():
         times_ms = time_in_turns(
-            {name: lambda call=call: call(*inputs) for name, call in {**dense, **ours}.items()}, repeats, device
+            {**calls, **{name: call for name, (call, _) in limits.items()}}, repeats, device, len(inputs)
         )
-    best_dense = min(statistics.median(times_ms[name]) for name in dense)
+
+    median_ms = {name: statistics.median(values) for name, values in times_ms.items()}
+    best_dense = min(median_ms[name] for name in dense)
+    rates = {name: amount / median_ms[name] / 1e6 for name, (_, amount) in limits.items()}  # GFLOP/s, GB/s
     times = []
-    for name, values in times_ms.items():
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        times.append({"name": name, "median_ms": median, "iqr_ms": high - low, "speedup": best_dense / median})
-    return {"parity": parity, "times": times}
+    for name in calls:
+        low, _, high = (
+            statistics.quantiles(times_ms[name], n=4, method="inclusive") if len(times_ms[name]) > 1 else (0,) * 3
+        )
+        row = {
+            "name": name,
+            "median_ms": median_ms[name],
+            "iqr_ms": high - low,
+            "calls": len(times_ms[name]),
+            "speedup": best_dense / median_ms[name],
+        }
+        if name.startswith("ours"):
+            counted = OPS["dense"] if name.startswith("ours dense") else op
+            if shape.num_queries > 1:
+                operations = 4 * shape.head_dim * shape.num_query_heads * counted.attended(shape)
+                row["gflops"] = operations / median_ms[name] / 1e6
+                row["of_matmul"] = row["gflops"] / rates[MATMUL]
+            else:
+                limit_ms = counted.read(shape) * dtype.itemsize / rates[MEMORY] / 1e6
+                row["over_limit"] = median_ms[name] / limit_ms
+        times.append(row)
+    return {"parity": parity, "times": times, "ceilings": {"matmul_gflops": rates[MATMUL], "read_gb_s": rates[MEMORY]}}
 
 
 def print_table(name: str, shape: Shape, result: dict) -> None:
@@ -98,9 +164,16 @@ def print_table(name: str, shape: Shape, result: dict) -> None:
         f"\n{name}: {shape.num_queries} queries, {shape.num_keys} keys, {shape.num_query_heads} query heads, "
         f"{shape.num_kv_heads} key heads, head dim {shape.head_dim}"
     )
+    peak = result["ceilings"]
+    print(f"  torch's matrix product {peak['matmul_gflops']:.0f} GFLOP/s, memory {peak['read_gb_s']:.1f} GB/s")
     print(f"  {'':24} {'median ms':>12} {'spread ms':>12} {'x best dense':>13}")
     for row in result["times"]:
-        print(f"  {row['name']:24} {row['median_ms']:12.3f} {row['iqr_ms']:12.3f} {row['speedup']:13.3g}")
+        note = ""
+        if "gflops" in row:
+            note = f"   {row['gflops']:.0f} GFLOP/s, {row['of_matmul']:.2f} of the matrix product"
+        if "over_limit" in row:
+            note = f"   {row['over_limit']:.2f} x the time to read what must be read"
+        print(f"  {row['name']:24} {row['median_ms']:12.3f} {row['iqr_ms']:12.3f} {row['speedup']:13.3g}{note}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -119,7 +192,10 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"repeatable (default: the 8K ones, on a GPU those with a target). {shapes}; on a GPU also {{8b,0.5b}}-"
         "BATCHxLENGTHk-sBLOCKS-{prefill,attention,training} and {8b,0.5b}-1xLENGTHk-s96-decode",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--backend", action="append", metavar="NAME", choices=BACKENDS, help="repeatable (default: the best one)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="timed calls of each (default: 10)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the JSON document to this file")
@@ -131,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     op = OPS[args.op]
-    cases = gpu_cases() if args.device == "cuda" else {}
+    cases = gpu_cases() if args.device == "cuda" and args.op == "infllm_v2" else {}
     names = args.shape or list(GPU_DEFAULTS if cases else op.default_shapes)
     for name in names:
         if name not in op.shapes and name not in cases:
@@ -166,7 +242,14 @@ def main(argv: list[str] | None = None) -> int:
                 print_case(cases[name], document["shapes"][name])
                 torch.cuda.empty_cache()
                 continue
-            result = bench_shape(op, op.shapes[name], getattr(torch, args.dtype), args.device, args.repeats)
+            result = bench_shape(
+                op,
+                op.shapes[name],
+                getattr(torch, args.dtype),
+                args.device,
+                args.repeats,
+                args.backend or op.backends(args.device)[:1],
+            )
         except RuntimeError as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 1

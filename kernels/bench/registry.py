@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-from minicpm4_hf.kernels import BACKENDS
-from minicpm4_hf.kernels.infllm_v2 import sparse_attention
+from minicpm4_hf.attended import attended_tokens
+from minicpm4_hf.configuration_minicpm4 import complete_sparse_config
+from minicpm4_hf.kernels import BACKENDS, resolve_backend
+from minicpm4_hf.kernels.dense import dense_attention
+from minicpm4_hf.kernels.infllm_v2 import operations_of, sparse_attention
+from minicpm4_hf.sparse_attention import COARSE, count_pooled
 
 NUM_CHECKED_QUERIES = 16  # parity is checked on the last queries: they see every key, and a float64 answer stays cheap
 
@@ -39,9 +43,12 @@ class Op:
         default_shapes: the names timed when none is asked for.
         make_inputs: `(shape, dtype, device, seed) -> (q, k, v)`.
         dense_forms: `(shape) -> {name: f(q, k, v)}`, each giving what dense attention gives.
-        backends: `(device_type) -> names` of the backends that run there.
-        call: `(shape, backend) -> f(q, k, v)`, our op at the shape's budget.
-        call_covering_all: the same with a budget that covers every key, so that the answer is dense attention's.
+        backends: `(device_type) -> names` of the backends that run there, the best one first.
+        call: `(shape, backend) -> f(q, k, v, kept)`, our op at the shape's budget.
+        call_covering_all: the same, without `kept`, with a budget that covers every key: dense attention's answer.
+        keep: `(shape, backend, k) -> kept`, what a cache would hold of the keys before the call; None for nothing.
+        attended: `(shape) -> tokens` that all queries attend to.
+        read: `(shape) -> elements` of keys, values and pooled keys that one decoding step has to read.
     """
 
     shapes: dict[str, Shape]
@@ -51,20 +58,27 @@ class Op:
     backends: Callable
     call: Callable
     call_covering_all: Callable
+    keep: Callable
+    attended: Callable
+    read: Callable
 
 
 HEADS = {"0.5b": (16, 2, 64), "8b": (32, 2, 128)}  # MiniCPM4-0.5B and -8B: HQ, H, D
-LENGTHS = {"8k": 8192, "16k": 16384, "32k": 32768}
+LENGTHS = {"8k": 8192, "16k": 16384, "32k": 32768, "128k": 131072}
+SLICE = 2048  # queries where a whole prefill would take minutes: the last ones of the text
 
 
 def attention_shapes() -> dict[str, Shape]:
-    """Prefill of a whole text and decoding of one token, for each model and length, and `tiny` for a test."""
+    """Prefill (at 128K its last part) and decoding of one token, each model and length, and `tiny` for a test."""
     shapes = {
         "tiny": Shape(4, 2, 16, 203, 203, dict(kernel_size=8, kernel_stride=4, block_size=8, window_size=16, topk=4))
     }
     for model, heads in HEADS.items():
         for length, num_keys in LENGTHS.items():
-            shapes[f"{model}-{length}-prefill"] = Shape(*heads, num_keys, num_keys)
+            if num_keys <= 32768:
+                shapes[f"{model}-{length}-prefill"] = Shape(*heads, num_keys, num_keys)
+            else:
+                shapes[f"{model}-{length}-slice"] = Shape(*heads, num_keys, SLICE)
             shapes[f"{model}-{length}-decode"] = Shape(*heads, num_keys, 1)
     return shapes
 
@@ -93,14 +107,19 @@ def dense_grouped_matmul(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> t
 
 
 def dense_enable_gqa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """PyTorch's own grouped attention, causal where there is more than one query. `[B, HQ, TQ, D]`."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
+    """PyTorch's own grouped attention, causal where the queries are all tokens. `[B, HQ, TQ, D]`."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=1 < q.shape[2] == k.shape[2], enable_gqa=True)
 
 
 def dense_attention_forms(shape: Shape) -> dict[str, Callable]:
-    """The dense forms that compete at this shape; the fastest one is what ours is compared with."""
-    if shape.num_queries > 1:
+    """The dense forms that compete at this shape; the fastest one is what ours is compared with.
+
+    For a slice SDPA gets no mask, which is wrong and a little more work, but faster than any mask that would be right.
+    """
+    if shape.num_queries == shape.num_keys:
         return {"sdpa enable_gqa": dense_enable_gqa}
+    if shape.num_queries > 1:
+        return {"sdpa, no mask": dense_enable_gqa}
     return {
         "sdpa enable_gqa": dense_enable_gqa,
         "sdpa grouped view": dense_grouped_view,
@@ -108,14 +127,24 @@ def dense_attention_forms(shape: Shape) -> dict[str, Callable]:
     }
 
 
-def infllm_v2_backends(device_type: str) -> list[str]:
-    """Backends of `sparse_attention` that run on tensors of `device_type`."""
-    return [name for name, served in BACKENDS.items() if served is None or device_type in served]
+def backends_on(device_type: str) -> list[str]:
+    """Backends that run on tensors of `device_type`, the one that "auto" picks first."""
+    names = [name for name, served in BACKENDS.items() if served is None or device_type in served]
+    best = resolve_backend(device_type)[0]
+    return sorted((name for name in names if name != "cpu" or best == "cpu"), key=lambda name: name != best)
 
 
 def call_infllm_v2(shape: Shape, backend: str) -> Callable:
     """`sparse_attention` at the shape's own budget; the output without the selected blocks."""
-    return lambda q, k, v: sparse_attention(q, k, v, **shape.budget, backend=backend)[0]
+
+    def call(q, k, v, kept=None):
+        if kept is None:
+            return sparse_attention(q, k, v, **shape.budget, backend=backend)[0]
+        settings = complete_sparse_config(shape.budget)
+        budget = {name: settings[name] for name in settings if name not in ("use_nope", "dense_len")}
+        return operations_of(backend).sparse(q, k, v, **budget, compressed=kept)[0]
+
+    return call
 
 
 def call_infllm_v2_covering_all(shape: Shape, backend: str) -> Callable:
@@ -123,6 +152,41 @@ def call_infllm_v2_covering_all(shape: Shape, backend: str) -> Callable:
     num_blocks = -(-shape.num_keys // shape.budget.get("block_size", 64))
     budget = {**shape.budget, "topk": num_blocks + 1}
     return lambda q, k, v: sparse_attention(q, k, v, **budget, backend=backend)[0]
+
+
+def keep_pooled_keys(shape: Shape, backend: str, k: torch.Tensor):
+    """Both streams of pooled keys, which a cache holds when one token is decoded; a prefill pools within the call."""
+    if shape.num_queries > 1:
+        return None
+    settings, pool = complete_sparse_config(shape.budget), operations_of(backend).pool_keys
+    size, stride = settings["kernel_size"], settings["kernel_stride"]
+    return pool(k, size, stride), pool(k, COARSE * size, COARSE * stride)
+
+
+def call_dense(shape: Shape, backend: str) -> Callable:
+    """Our dense attention."""
+    return lambda q, k, v, kept=None: dense_attention(q, k, v, backend=backend)
+
+
+def _sparse_settings(shape: Shape) -> dict:
+    return {**complete_sparse_config(shape.budget), "dense_len": -1}
+
+
+def attended_tokens_of(shape: Shape, settings: dict | None) -> int:
+    """Tokens that all queries of a shape attend to, dense without settings."""
+    positions = torch.arange(shape.num_keys - shape.num_queries, shape.num_keys)
+    return int(attended_tokens(positions, settings).sum())
+
+
+def elements_read(shape: Shape, settings: dict | None) -> int:
+    """Elements that a decoding step reads at least: keys and values attended to, and both streams of pooled keys."""
+    tokens = 2 * attended_tokens_of(shape, settings)
+    if settings is not None:
+        for factor in (1, COARSE):
+            tokens += count_pooled(
+                shape.num_keys, factor * settings["kernel_size"], factor * settings["kernel_stride"]
+            )
+    return tokens * shape.num_kv_heads * shape.head_dim
 
 
 def dense_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -154,14 +218,30 @@ def measure_parity(op: Op, shape: Shape, backend: str, inputs: tuple) -> tuple[f
     return max_error(op.call_covering_all(shape, backend)(q, k, v), exact), limit
 
 
+DEFAULT_SHAPES = ("0.5b-8k-decode", "8b-8k-decode", "0.5b-8k-prefill", "8b-8k-prefill")
 OPS = {
     "infllm_v2": Op(
         shapes=attention_shapes(),
-        default_shapes=("0.5b-8k-decode", "8b-8k-decode", "0.5b-8k-prefill", "8b-8k-prefill"),
+        default_shapes=DEFAULT_SHAPES,
         make_inputs=make_attention_inputs,
         dense_forms=dense_attention_forms,
-        backends=infllm_v2_backends,
+        backends=backends_on,
         call=call_infllm_v2,
         call_covering_all=call_infllm_v2_covering_all,
-    )
+        keep=keep_pooled_keys,
+        attended=lambda shape: attended_tokens_of(shape, _sparse_settings(shape)),
+        read=lambda shape: elements_read(shape, _sparse_settings(shape)),
+    ),
+    "dense": Op(
+        shapes=attention_shapes(),
+        default_shapes=DEFAULT_SHAPES,
+        make_inputs=make_attention_inputs,
+        dense_forms=dense_attention_forms,
+        backends=backends_on,
+        call=call_dense,
+        call_covering_all=call_dense,
+        keep=lambda shape, backend, k: None,
+        attended=lambda shape: attended_tokens_of(shape, None),
+        read=lambda shape: elements_read(shape, None),
+    ),
 }

@@ -92,17 +92,26 @@ def sparse_attention(
     return operation(q, k, v, **settings, lse_approx=lse_approx, scale=scale, kv_start=kv_start)
 
 
+def operations_of(backend: str) -> AttentionOperations:
+    """The operations of a backend by name, unchecked."""
+    if backend == "cpu":
+        from minicpm4_hf.kernels.cpu.attention import OPERATIONS
+
+        return OPERATIONS
+    return _TRITON_OPERATIONS if backend == "triton" else REFERENCE_OPERATIONS
+
+
 def model_operations(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionOperations:
     """What runs attention over these tensors: the best backend for their device, dtype, head size and gradients."""
     name, _ = resolve_backend(q.device.type)
     if name == "triton":
-        return _TRITON_OPERATIONS
+        return operations_of("triton")
     if name == "cpu":
         from minicpm4_hf.kernels.cpu import attention
 
         if attention.unsupported_reason(q, k, v) is None:
-            return attention.OPERATIONS
-    return REFERENCE_OPERATIONS
+            return operations_of("cpu")
+    return operations_of("reference")
 
 
 __all__ = ["sparse_attention", "sparse_attention_packed"]

@@ -187,19 +187,18 @@ struct Attention {
         const mc_tensor &q = a.q_select.data ? a.q_select : a.q;
         selector.load_queries(at<const T>(q, t.batch, t.head * group, t.query), q.stride[1], q.stride[2],
                               t.shape.num_queries);
-        Stream<T> fine = {at<const T>(a.k1, t.batch, t.head, 0), a.k1.stride[2], a.kernel_size, a.kernel_stride};
-        Stream<T> coarse = {at<const T>(a.k2, t.batch, t.head, 0), a.k2.stride[2], 4 * a.kernel_size, 4 * a.kernel_stride};
+        Stream<T> fine = {at<const T>(a.k1, t.batch, t.head, 0), a.k1.stride[2], a.kernel_size, a.kernel_stride, 0};
+        Stream<T> coarse = {at<const T>(a.k2, t.batch, t.head, 0), a.k2.stride[2], 4 * a.kernel_size, 4 * a.kernel_stride, 0};
+        const int64_t last = t.shape.first_position + t.shape.num_queries - 1;
+        fine.count = fine.visible(last), coarse.count = coarse.visible(last);
         selector.run(fine, coarse, t.shape.first_position, t.shape.num_queries, begin, end, scores, max_blocks);
     }
 
-    void choose(const Tile &t, const float *scores, uint64_t *masks, bool write) const {
+    void choose(const Tile &t, const float *scores, uint64_t *masks) const {
         __builtin_memset(masks, 0, max_blocks * 8);
-        int32_t spare[1];
-        (void)spare;
         for (int64_t i = 0; i < t.shape.num_queries; i++)
             choose_blocks(a, scores + i * max_blocks, own_block(t), i, masks,
                           at<int32_t>(a.blocks, t.batch, t.head, t.query + i));
-        (void)write;
     }
 
     Runs runs_of(const Tile &t, const uint64_t *masks) const { return Runs(t.shape, a.block_size, masks); }
@@ -212,25 +211,22 @@ struct Attention {
                                 at<const T>(a.v, t.batch, t.head, t.start), a.v.stride[2], a.dim, w.staged);
     }
 
-    void write_row(const Tile &t, int64_t query, int64_t head, const float *row) const {
-        T *to = at<T>(a.out, t.batch, t.head * group + head, t.query + query);
-        for (int64_t d = 0; d < a.dim; d++) from_float(row[d], to[d]);
+    T *out_row(const Tile &t, int64_t query, int64_t head) const {
+        return at<T>(a.out, t.batch, t.head * group + head, t.query + query);
     }
 
     void run_tile(const Tile &t, Workspace &w) const {
         if (SPARSE) {
             if (must_choose(t)) score(t, a.init_blocks, own_block(t) - a.window_size / a.block_size, w.select, w.scores);
-            choose(t, w.scores, w.masks, true);
+            choose(t, w.scores, w.masks);
         }
         Runs runs = runs_of(t, w.masks);
         E engine;
         for (int64_t c = 0; c < num_chunks; c++) {
             attend(engine, t, c, runs, 0, runs.count, w);
             for (int64_t i = 0; i < t.shape.num_queries; i++)
-                for (int64_t h = 0; h < min64(chunk, group - c * chunk); h++) {
-                    engine.result(i, (int)h, w.row);
-                    write_row(t, i, c * chunk + h, w.row);
-                }
+                for (int64_t h = 0; h < min64(chunk, group - c * chunk); h++)
+                    engine.write(i, (int)h, out_row(t, i, c * chunk + h));
         }
     }
 
@@ -279,7 +275,7 @@ struct Attention {
         if (failed) return MC_NO_MEMORY;
         if (SPARSE)
             for (int64_t t = 0; t < num_tiles; t++)
-                choose(tiles[t], scores + t * max_queries * max_blocks, masks + t * max_blocks, true);
+                choose(tiles[t], scores + t * max_queries * max_blocks, masks + t * max_blocks);
         parallel_run(num_threads, [&](int, int) {
             Workspace w(*this);
             if (!w.memory.ok()) {
@@ -331,8 +327,8 @@ struct Attention {
                 if (weight > 0)
                     for (int64_t d = 0; d < a.dim; d++) row[d] += weight * x[d];
             }
-            for (int64_t d = 0; d < a.dim; d++) row[d] /= total;
-            write_row(t, r / group, r % group, row);
+            T *to = out_row(t, r / group, r % group);
+            for (int64_t d = 0; d < a.dim; d++) from_float(row[d] / total, to[d]);
         }
     }
 

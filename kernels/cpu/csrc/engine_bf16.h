@@ -13,6 +13,7 @@ struct EngineBf16 {
     static constexpr int UNIT = P == 16 ? 32 : 16;
     static constexpr bool kConverts = false;
     static constexpr bool kAsksAhead = true;
+    static constexpr int VECTORS = UNIT / P;         // of scores of UNIT keys
     static constexpr int HEADS = GP < 8 ? GP : 8;    // heads of one pass over the values
     static constexpr int CHUNKS = 8 / HEADS < 4 ? 8 / HEADS : 4;  // times 32 dimensions
     int dim_, group;
@@ -22,7 +23,7 @@ struct EngineBf16 {
     uint32_t *q;     // [queries][steps][16]
     float *o;        // [queries][GP][dim32], dimensions permuted within 32: see `result`
     float *m, *l;    // [queries][16], in the base-2 exponent's scale
-    float *scores;   // [kTile / P][16], then the weights in place
+    uint32_t *weights;  // [kTile / (2 * P)][16] pairs of bfloat16
 
     static size_t scratch_floats(int64_t dim, int64_t, int64_t num_queries) {
         return num_queries * (dim / (2 * P) * 16 + GP * round_up(dim, 32) + 32) + kTile * 16;
@@ -34,7 +35,7 @@ struct EngineBf16 {
         num_groups = tile.num_queries;
         steps = dim / (2 * P), dim32 = round_up(dim, 32), chunks = dim32 / 32;
         q = (uint32_t *)memory, o = memory + num_groups * steps * 16, m = o + num_groups * GP * dim32;
-        l = m + num_groups * 16, scores = l + num_groups * 16;
+        l = m + num_groups * 16, weights = (uint32_t *)(l + num_groups * 16);
         // The maximum is taken before the factor, which must then be positive: a negative one turns the queries round.
         factor = factor_ < 0 ? -factor_ : factor_;
         uint32_t flip = factor_ < 0 ? 0x80008000u : 0;
@@ -118,9 +119,9 @@ struct EngineBf16 {
         }
     }
 
-    // Scores of UNIT keys into UNIT / P vectors: run r of 2 * P keys gives its even keys, then its odd ones.
+    // Scores of UNIT keys as UNIT / P vectors: run r of 2 * P keys gives its even keys, then its odd ones.
     template <bool AHEAD>
-    MC_INLINE void score_unit(const uint32_t *qg, const char *k, int64_t stride, int64_t dim, int64_t ahead, float *to) {
+    MC_INLINE void score_unit(const uint32_t *qg, const char *k, int64_t stride, int64_t dim, int64_t ahead, __m512 *to) {
         __m512 acc[16];
         if (P == 16) {
             for (int odd = 0; odd < 2; odd++) {
@@ -128,24 +129,36 @@ struct EngineBf16 {
                 MC_UNROLL for (int t = 0; t < 8; t++) acc[t] = fold<1>(acc[2 * t], acc[2 * t + 1]);
                 MC_UNROLL for (int t = 0; t < 4; t++) acc[t] = fold<2>(acc[2 * t], acc[2 * t + 1]);
                 MC_UNROLL for (int t = 0; t < 2; t++) acc[t] = fold<4>(acc[2 * t], acc[2 * t + 1]);
-                _mm512_storeu_ps(to + 16 * odd, fold<8>(acc[0], acc[1]));
+                to[odd] = fold<8>(acc[0], acc[1]);
             }
             return;
         }
         dots<AHEAD>(qg, k, stride, dim, ahead, acc);
-        MC_UNROLL for (int v = 0; v < UNIT / P; v++) {
+        MC_UNROLL for (int v = 0; v < VECTORS; v++) {
             // key u of vector v
             #define MC_KEY(u) acc[(v / 2 * 2 * P + 2 * (u) + v % 2) & 15]
-            __m512 x;
-            if (P == 1) x = MC_KEY(0);
-            if (P == 2) x = fold<1>(MC_KEY(0), MC_KEY(1));
-            if (P == 4) x = fold<2>(fold<1>(MC_KEY(0), MC_KEY(1)), fold<1>(MC_KEY(2), MC_KEY(3)));
+            if (P == 1) to[v] = MC_KEY(0);
+            if (P == 2) to[v] = fold<1>(MC_KEY(0), MC_KEY(1));
+            if (P == 4) to[v] = fold<2>(fold<1>(MC_KEY(0), MC_KEY(1)), fold<1>(MC_KEY(2), MC_KEY(3)));
             if (P == 8)
-                x = fold<4>(fold<2>(fold<1>(MC_KEY(0), MC_KEY(1)), fold<1>(MC_KEY(2), MC_KEY(3))),
-                            fold<2>(fold<1>(MC_KEY(4), MC_KEY(5)), fold<1>(MC_KEY(6), MC_KEY(7))));
+                to[v] = fold<4>(fold<2>(fold<1>(MC_KEY(0), MC_KEY(1)), fold<1>(MC_KEY(2), MC_KEY(3))),
+                                fold<2>(fold<1>(MC_KEY(4), MC_KEY(5)), fold<1>(MC_KEY(6), MC_KEY(7))));
             #undef MC_KEY
-            _mm512_storeu_ps(to + 16 * v, x);
         }
+    }
+
+    // The largest score of each head, in all of its lanes.
+    MC_INLINE __m512 largest_of(const __m512 *x) {
+        __m512 most[VECTORS];
+        MC_UNROLL for (int v = 0; v < VECTORS; v++) most[v] = x[v];
+        MC_UNROLL for (int step = 1; step < VECTORS; step *= 2)
+            MC_UNROLL for (int v = 0; v + step < VECTORS; v += 2 * step) most[v] = _mm512_max_ps(most[v], most[v + step]);
+        __m512 m = most[0];
+        if (P >= 2) m = _mm512_max_ps(m, _mm512_permute_ps(m, 0xB1));
+        if (P >= 4) m = _mm512_max_ps(m, _mm512_permute_ps(m, 0x4E));
+        if (P >= 8) m = _mm512_max_ps(m, _mm512_shuffle_f32x4(m, m, 0xB1));
+        if (P >= 16) m = _mm512_max_ps(m, _mm512_shuffle_f32x4(m, m, 0x4E));
+        return m;
     }
 
     template <int C, bool AHEAD>
@@ -185,18 +198,18 @@ struct EngineBf16 {
         }
     }
 
-    // 2 ** x, relative error 7e-5: a fiftieth of the rounding to bfloat16 that follows.
+    // 2 ** x, relative error 8e-5: a twenty-fifth of the rounding to bfloat16 that follows. VSCALEF takes the floor of x
+    // itself. Coefficients: least maximum relative error of degree 3 on [0, 1).
     MC_INLINE __m512 exp2_coarse(__m512 x) {
-        __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        __m512 f = _mm512_sub_ps(x, n), r = _mm512_set1_ps(0.05517166493f);
-        r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(0.2426111219f));
-        r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(0.6932609862f));
-        r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(0.9999280736f));
-        return _mm512_scalef_ps(r, n);
+        __m512 f = _mm512_reduce_ps(x, 0x09), r = _mm512_set1_ps(0.07802452004f);  // x - floor(x)
+        r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(0.2260671591f));
+        r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(0.6958335392f));
+        r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(0.9999252186f));
+        return _mm512_scalef_ps(r, x);
     }
 
-    // Scales everything query `g` has gathered to a new maximum.
-    __attribute__((noinline)) void rescale(int64_t g, __m512 shrink) {
+    // Scales everything query `g` has gathered to a new maximum: its sums, and the weights of this run's first units.
+    __attribute__((noinline)) void rescale(int64_t g, int units, __m512 shrink) {
         alignas(64) float by[16];
         _mm512_store_ps(by, shrink);
         float *og = o + g * GP * dim32;
@@ -204,6 +217,13 @@ struct EngineBf16 {
             for (int64_t d = 0; d < dim32; d += 16)
                 _mm512_storeu_ps(og + h * dim32 + d,
                                  _mm512_mul_ps(_mm512_loadu_ps(og + h * dim32 + d), _mm512_set1_ps(by[h * P])));
+        for (int i = 0; i < units * VECTORS * 8; i++) {  // a lane's weights are two bfloat16 side by side
+            float first = bits_float(weights[i] << 16) * by[i % 16], second = bits_float(weights[i] & 0xffff0000u) * by[i % 16];
+            bf16 low, high;
+            from_float(first, low);
+            from_float(second, high);
+            weights[i] = low.bits | (uint32_t)high.bits << 16;
+        }
     }
 
     // Adds `count` keys (at most kTile, readable up to a multiple of UNIT) to query `g`. With AHEAD it also asks for the
@@ -215,60 +235,58 @@ struct EngineBf16 {
         visible_keys(e.tile, g, first_key, count, low, high);
         if (low >= high) return;
         const int64_t dim = DIM ? DIM : e.dim_, steps = dim / (2 * P), dim32 = round_up(dim, 32);
-        const int units = (high + UNIT - 1) / UNIT, vectors = units * UNIT / P;
+        const int units = (high + UNIT - 1) / UNIT;
         const uint32_t *qg = e.q + g * steps * 16;
-        float *scores = e.scores;
-        for (int unit = 0; unit < units; unit++)
-            score_unit<AHEAD>(qg, (const char *)(keys + unit * UNIT * k_stride), 2 * k_stride, dim, k_ahead,
-                              scores + unit * UNIT / P * 16);
-        const __m512 factor = _mm512_set1_ps(e.factor);
-        if (low > 0 || high < units * UNIT) {
-            alignas(64) int offset[16];
-            for (int lane = 0; lane < 16; lane++) offset[lane] = 2 * (lane % P);
-            const __m512i lane_key = _mm512_load_si512(offset);
-            const __m512 hidden = _mm512_set1_ps(e.factor > 1 ? -1e37f / e.factor : -1e37f);
-            for (int v = 0; v < vectors; v++) {
-                __m512i key = _mm512_add_epi32(lane_key, _mm512_set1_epi32(v / 2 * 2 * P + v % 2));
-                __mmask16 seen = _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32(high)) &
-                                 _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(low));
-                _mm512_storeu_ps(scores + 16 * v, _mm512_mask_loadu_ps(hidden, seen, scores + 16 * v));
-            }
-        }
-        __m512 largest = _mm512_loadu_ps(scores), largest1 = _mm512_loadu_ps(scores + 16);
-        for (int v = 2; v < vectors; v += 2) {
-            largest = _mm512_max_ps(largest, _mm512_loadu_ps(scores + 16 * v));
-            largest1 = _mm512_max_ps(largest1, _mm512_loadu_ps(scores + 16 * v + 16));
-        }
-        largest = _mm512_max_ps(largest, largest1);
-        if (P >= 2) largest = _mm512_max_ps(largest, _mm512_permute_ps(largest, 0xB1));
-        if (P >= 4) largest = _mm512_max_ps(largest, _mm512_permute_ps(largest, 0x4E));
-        if (P >= 8) largest = _mm512_max_ps(largest, _mm512_shuffle_f32x4(largest, largest, 0xB1));
-        if (P >= 16) largest = _mm512_max_ps(largest, _mm512_shuffle_f32x4(largest, largest, 0x4E));
-        largest = _mm512_mul_ps(largest, factor);
-        __m512 most = _mm512_loadu_ps(e.m + 16 * g), sum = _mm512_loadu_ps(e.l + 16 * g);
-        if (_mm512_cmp_ps_mask(largest, _mm512_add_ps(most, _mm512_set1_ps(8.0f)), _CMP_GT_OQ)) {
-            __m512 now = _mm512_max_ps(most, largest), shrink = exp2_coarse(_mm512_sub_ps(most, now));
-            e.rescale(g, shrink);
-            sum = _mm512_mul_ps(sum, shrink);
-            most = now;
-            _mm512_storeu_ps(e.m + 16 * g, most);
-        }
-        alignas(64) static constexpr struct Interleave {
-            uint16_t word[32];
-            constexpr Interleave() : word() {
+        uint32_t *weights = e.weights;
+        const __m512 factor = _mm512_set1_ps(e.factor), hidden = _mm512_set1_ps(e.factor > 1 ? -1e37f / e.factor : -1e37f);
+        alignas(64) static constexpr struct Order {
+            int key[16];        // of a lane, in a run of 2 * P
+            uint16_t word[32];  // even and odd keys' weights side by side
+            constexpr Order() : key(), word() {
+                for (int lane = 0; lane < 16; lane++) key[lane] = 2 * (lane % P);
                 for (int i = 0; i < 32; i++) word[i] = (uint16_t)(i / 2 + i % 2 * 16);
             }
-        } interleave;
-        const __m512i order = _mm512_load_si512(interleave.word);
-        uint32_t *weights = (uint32_t *)scores;
-        __m512 sum1 = _mm512_setzero_ps();
-        for (int v = 0; v < vectors; v += 2) {
-            __m512 even = exp2_coarse(_mm512_fmsub_ps(_mm512_loadu_ps(scores + 16 * v), factor, most));
-            __m512 odd = exp2_coarse(_mm512_fmsub_ps(_mm512_loadu_ps(scores + 16 * v + 16), factor, most));
-            sum = _mm512_add_ps(sum, even);
-            sum1 = _mm512_add_ps(sum1, odd);
-            __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-            _mm512_storeu_si512(weights + 8 * v, _mm512_permutexvar_epi16(order, both));
+        } order;
+        const __m512i pairs = _mm512_loadu_si512(order.word);
+        __m512 most = _mm512_loadu_ps(e.m + 16 * g), sum = _mm512_loadu_ps(e.l + 16 * g), sum1 = _mm512_setzero_ps();
+        // Unit by unit, so that the exponentials of one overlap with the products of the next.
+        for (int unit = 0; unit < units; unit++) {
+            __m512 x[VECTORS];
+            score_unit<AHEAD>(qg, (const char *)(keys + unit * UNIT * k_stride), 2 * k_stride, dim, k_ahead, x);
+            const bool edge = low > unit * UNIT || high < (unit + 1) * UNIT;
+            __mmask16 seen[VECTORS];
+            if (edge)
+                MC_UNROLL for (int v = 0; v < VECTORS; v++) {
+                    __m512i key = _mm512_add_epi32(_mm512_loadu_si512(order.key),
+                                                   _mm512_set1_epi32(unit * UNIT + v / 2 * 2 * P + v % 2));
+                    seen[v] = _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32(high)) &
+                              _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(low));
+                    x[v] = _mm512_mask_mov_ps(hidden, seen[v], x[v]);
+                }
+            __m512 largest = _mm512_mul_ps(largest_of(x), factor);
+            // Most of the time the old maximum is close enough.
+            if (__builtin_expect(_mm512_cmp_ps_mask(largest, _mm512_add_ps(most, _mm512_set1_ps(8.0f)), _CMP_GT_OQ), 0)) {
+                __m512 now = _mm512_max_ps(most, largest), shrink = exp2_coarse(_mm512_sub_ps(most, now));
+                e.rescale(g, unit, shrink);
+                sum = _mm512_mul_ps(sum, shrink);
+                sum1 = _mm512_mul_ps(sum1, shrink);
+                most = now;
+                _mm512_storeu_ps(e.m + 16 * g, most);
+            }
+            auto weigh = [&](auto masked) __attribute__((always_inline)) {
+                constexpr bool MASKED = decltype(masked)::value;  // a hidden key weighs nothing, whatever the factor
+                MC_UNROLL for (int v = 0; v < VECTORS; v += 2) {
+                    __m512 even = exp2_coarse(_mm512_fmsub_ps(x[v], factor, most));
+                    __m512 odd = exp2_coarse(_mm512_fmsub_ps(x[v + 1], factor, most));
+                    if (MASKED) even = _mm512_maskz_mov_ps(seen[v], even), odd = _mm512_maskz_mov_ps(seen[v + 1], odd);
+                    sum = _mm512_add_ps(sum, even);
+                    sum1 = _mm512_add_ps(sum1, odd);
+                    __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+                    _mm512_storeu_si512(weights + (unit * VECTORS + v) * 8, _mm512_permutexvar_epi16(pairs, both));
+                }
+            };
+            if (edge) weigh(Constant<true>());
+            else weigh(Constant<false>());
         }
         _mm512_storeu_ps(e.l + 16 * g, _mm512_add_ps(sum, sum1));
 
@@ -301,14 +319,43 @@ struct EngineBf16 {
             process_run<false>(*this, g, k, k_stride, v, v_stride, first_key, count, 0, 0);
     }
 
-    float result(int64_t query, int head, float *to) const {
+    // The weight of all keys of a head, and its sums as float32 in the dimensions' own order, 32 at a time.
+    MC_INLINE float weight_of(const EngineBf16 &e, int64_t query, int head) {
         float weight = 0;
-        for (int u = 0; u < P; u++) weight += l[query * 16 + head * P + u];
-        float inverse = weight > 0 ? 1 / weight : 0;
-        const float *from = o + (query * GP + head) * dim32;
+        for (int u = 0; u < P; u++) weight += e.l[query * 16 + head * P + u];
+        return weight;
+    }
+    MC_INLINE void ordered(const float *from, __m512 inverse, __m512 &low, __m512 &high) {
         // unpacklo/hi put dimensions 8i .. 8i + 3 into the first 16 sums, 8i + 4 .. 8i + 7 into the second
-        for (int d = 0; d < dim_; d++)
-            to[d] = from[d / 32 * 32 + d / 4 % 2 * 16 + d % 32 / 8 * 4 + d % 4] * inverse;
+        const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+        __m512 x = _mm512_mul_ps(_mm512_loadu_ps(from), inverse), y = _mm512_mul_ps(_mm512_loadu_ps(from + 16), inverse);
+        low = _mm512_permutex2var_ps(x, first, y);
+        high = _mm512_permutex2var_ps(x, second, y);
+    }
+
+    // Row (query, head) of the result, rounded.
+    void write(int64_t query, int head, bf16 *to) const {
+        float weight = weight_of(*this, query, head);
+        __m512 inverse = _mm512_set1_ps(weight > 0 ? 1 / weight : 0), low, high;
+        const float *from = o + (query * GP + head) * dim32;
+        for (int d = 0; d < dim_; d += 32) {
+            ordered(from + d, inverse, low, high);
+            __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+            _mm512_mask_storeu_epi16(to + d, dim_ - d >= 32 ? ~0u : 0xFFFFu, both);
+        }
+    }
+
+    // The same in float32, and the base-2 log-sum-exp of its scores.
+    float result(int64_t query, int head, float *to) const {
+        float weight = weight_of(*this, query, head);
+        __m512 inverse = _mm512_set1_ps(weight > 0 ? 1 / weight : 0), low, high;
+        const float *from = o + (query * GP + head) * dim32;
+        for (int d = 0; d < dim_; d += 32) {
+            ordered(from + d, inverse, low, high);
+            _mm512_storeu_ps(to + d, low);
+            if (dim_ - d >= 32) _mm512_storeu_ps(to + d + 16, high);
+        }
         return m[query * 16 + head * P] + log2_scalar(weight);
     }
 };

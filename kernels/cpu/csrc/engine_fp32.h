@@ -136,7 +136,14 @@ struct EngineFp32 {
         for (int d = 0; d < dim; d += 8) add_values<8>(scores, v + d, v_stride, most, og + d * W);
     }
 
-    // Row (query, head): its sums divided by their weight, and the base-2 log-sum-exp of its scores.
+    // Row (query, head) of the result, rounded.
+    void write(int64_t query, int head, T *to) const {
+        int64_t row = query * group + head, g = row / W, lane = row % W;
+        float weight = l[g * W + lane], inverse = weight > 0 ? 1 / weight : 0;
+        for (int d = 0; d < dim; d++) from_float(o[(g * dim + d) * W + lane] * inverse, to[d]);
+    }
+
+    // The same in float32, and the base-2 log-sum-exp of its scores.
     float result(int64_t query, int head, float *to) const {
         int64_t row = query * group + head, g = row / W, lane = row % W;
         float weight = l[g * W + lane], inverse = weight > 0 ? 1 / weight : 0;

@@ -66,6 +66,7 @@ template <class T>
 struct Stream {
     const T *data;
     int64_t stride, size, step;  // elements between keys; tokens of a window and between two
+    int64_t count;               // keys that any query of the tile sees
     int64_t visible(int64_t position) const { return position + 1 < size ? 0 : (position + 1 - size) / step + 1; }
 };
 
@@ -111,9 +112,15 @@ struct Selector {
                 S::copy_row(from + i * token_stride + h * head_stride, queries + (i * group + h) * words, dim);
     }
 
+    // Asks memory for a chunk that is transposed later.
+    void fetch(const Stream<T> &s, int64_t first) const {
+        prefetch_rows(s.data + first * s.stride, s.stride * sizeof(T), dim * sizeof(T), min64(width, s.count - first));
+    }
+
     // Transposes `count` keys to [words][width], the rest of the lanes 0.
     void load_keys(const Stream<T> &s, int64_t first, int64_t count) {
         const T *from = s.data + first * s.stride;
+        if (first + count < s.count) fetch(s, first + count);
         int64_t j0 = 0;
 #if defined(__AVX512F__)
         if (sizeof(T) == 4 || S::kPerWord == 2) {
@@ -237,6 +244,7 @@ struct Selector {
         uint64_t all = ~0ull >> (64 - num_queries), sees_coarse = 0;
         for (int64_t i = 0; i < num_queries; i++)
             if (args->lse_approx && coarse.visible(first_position + i) > 0) sees_coarse |= 1ull << i;
+        if (fine.count > begin * per_block) fetch(fine, begin * per_block);
         if (sees_coarse) find_lse(coarse, first_position, num_queries, sees_coarse);
         if (all & ~sees_coarse) find_lse(fine, first_position, num_queries, all & ~sees_coarse);
         score_blocks(fine, first_position, num_queries, begin, end, to, row);
@@ -255,28 +263,36 @@ MC_INLINE int64_t count_at_least(const int32_t *x, int64_t count, int32_t limit)
 static void choose_blocks(const mc_attention_args &a, const float *scores, int64_t own_block, int64_t query,
                           uint64_t *masks, int32_t *list) {
     const int64_t local = a.window_size / a.block_size, budget = a.topk + local;
+    const uint64_t bit = 1ull << query;
     int64_t count = 0;
-    auto take = [&](int64_t block) {
-        masks[block] |= 1ull << query;
-        list[count++] = (int32_t)block;
+    auto take_all = [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; b++) masks[b] |= bit, list[count++] = (int32_t)b;
     };
     if (own_block < budget) {
-        for (int64_t b = 0; b <= own_block; b++) take(b);
+        take_all(0, own_block + 1);
     } else {
         const int64_t begin = a.init_blocks, end = own_block - local;  // the blocks that compete
         const int64_t room = budget - a.init_blocks - local - 1;
         const int32_t *ranked = (const int32_t *)scores + begin;
-        int32_t limit = 0;  // the largest number that at least `room` scores reach
-        for (int bit = 30; bit >= 0; bit--)
-            if (count_at_least(ranked, end - begin, limit | 1 << bit) >= room) limit |= 1 << bit;
+        int32_t limit = 0;  // the largest number that at least `room` scores reach, or one that exactly so many reach
+        for (int digit = 30; digit >= 0; digit--) {
+            int32_t trial = limit | 1 << digit;
+            int64_t reach = count_at_least(ranked, end - begin, trial);
+            if (reach >= room) limit = trial;
+            if (reach == room) break;
+        }
         int64_t ties = room - (limit == INT32_MAX ? 0 : count_at_least(ranked, end - begin, limit + 1));
-        for (int64_t b = 0; b < begin; b++) take(b);
-        if (room > 0)
-            for (int64_t b = begin; b < end; b++) {
-                int32_t score = ranked[b - begin];
-                if (score > limit || (score == limit && ties-- > 0)) take(b);
-            }
-        for (int64_t b = end; b <= own_block; b++) take(b);
+        take_all(0, begin);
+        const int64_t last = count + room;
+        for (int64_t b = begin; b < end && count < last; b++) {  // without branches: which way they go is a coin toss
+            int32_t score = ranked[b - begin];
+            int64_t equal = score == limit, chosen = (score > limit) | (equal & (ties > 0));
+            ties -= equal;
+            list[count] = (int32_t)b;
+            count += chosen;
+            masks[b] |= (uint64_t)chosen << query;
+        }
+        take_all(end, own_block + 1);
     }
     while (count < budget) list[count++] = -1;
 }

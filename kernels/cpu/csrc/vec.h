@@ -85,9 +85,14 @@ MC_INLINE void convert_row(const T *__restrict from, float *__restrict to, int64
 // relative error on [-0.5, 0.5].
 template <int DEGREE = 5>
 MC_INLINE vf exp2_of(vf x) {
+#if defined(__AVX512DQ__)
+    vf f = (vf)_mm512_reduce_ps((__m512)x, 0x08);  // x - round(x)
+    vf n = x - f;
+#else
     const float magic = 12582912.0f;  // 1.5 * 2 ** 23: adding it leaves round(x) in the lowest bits
     vf shifted = x + splat(magic);
     vf f = x - (shifted - splat(magic));
+#endif
     vf r;
     if (DEGREE == 5) {
         r = splat(0.001327647152f);
@@ -103,9 +108,8 @@ MC_INLINE vf exp2_of(vf x) {
         r = r * f + splat(0.6931218147f);
         r = r * f + splat(0.9999992614f);
     }
-#if defined(__AVX512F__)
-    r = (vf)_mm512_scalef_ps((__m512)r, (__m512)(shifted - splat(magic)));
-    return r;
+#if defined(__AVX512DQ__)
+    return (vf)_mm512_scalef_ps((__m512)r, (__m512)n);
 #else
     r = (vf)((vi)r + ((vi)shifted << 23));
     return x < splat(-126.0f) ? vf{} : r;
