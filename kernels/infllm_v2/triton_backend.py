@@ -45,14 +45,19 @@ def name_misfit(q: torch.Tensor, k: torch.Tensor, settings: dict) -> str | None:
         return f"The triton backend takes a `kernel_size` that touches up to {MAX_PLANES} blocks, got {size}."
     if k.shape[2] > MAX_BLOCKS * block:
         return f"The triton backend takes up to {MAX_BLOCKS * block} keys, got {k.shape[2]}."
-    if k.shape[0] * k.shape[1] > MAX_GRID:
-        return f"The triton backend takes up to {MAX_GRID} rows times key heads, got {k.shape[0] * k.shape[1]}."
+    if q.shape[0] * q.shape[1] > MAX_GRID:
+        return f"The triton backend takes up to {MAX_GRID} rows times query heads, got {q.shape[0] * q.shape[1]}."
     return None
 
 
 def _with_dense_rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The kernels take any strides but the last."""
     return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
+
+
+def _on_device(rows: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """Numbers of rows as a kernel reads them."""
+    return None if rows is None else rows.to(device).contiguous()
 
 
 def _allocate_streams(k, kernel_size: int, kernel_stride: int, is_padded: bool, is_packed: bool):
@@ -321,8 +326,11 @@ def sparse_attention(
         raise ValueError(
             "Packed rows (`cu_seqlens`) need one batch entry, as many queries as keys, and no `kv_start`."
         )
+    if cu_seqlens is not None and (cu_seqlens.numel() - 1) * k.shape[1] > MAX_GRID:
+        raise ValueError(f"The triton backend takes up to {MAX_GRID} packed rows times key heads.")
     if kv_end is not None and compressed is None:
         raise ValueError("`kv_end` needs `compressed`, the pooled keys that `compress_keys_` keeps.")
+    kv_start, kv_end, cu_seqlens = (_on_device(rows, q.device) for rows in (kv_start, kv_end, cu_seqlens))
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
     longest = k.shape[2] if max_seqlen is None else max_seqlen

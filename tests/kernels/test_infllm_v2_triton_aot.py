@@ -106,6 +106,7 @@ def test_matrix_instructions_of_hopper_are_used():
             assert "LDGSTS" in sass, launch.kernel.__name__  # loads run ahead of the products
 
 
+@pytest.mark.slow
 def test_sizes_of_one_compile():
     """Triton makes constants of arguments that are 1: one key head, one query head, a text of few blocks."""
     for num_keys in (9, 700):
