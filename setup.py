@@ -47,35 +47,40 @@ class BuildNative(build_ext):
         source, build = Path("kernels/cpu/csrc"), Path(self.build_temp) / "cpu"
         build.mkdir(parents=True, exist_ok=True)
         extra = os.environ.get("MINICPM4_CXXFLAGS", "").split()
-        flags = [*NATIVE_FLAGS, "-fopenmp", *extra]
-        commands = {"portable": [compiler, *flags, "-c", str(source / "isa_portable.cpp")]}
-        if platform.machine().lower() in ("x86_64", "amd64"):
-            for name, isa in INSTRUCTION_SETS.items():
-                commands[name] = [compiler, *flags, *isa, "-c", str(source / f"isa_{name}.cpp")]
 
-        def compile_object(name):
+        def compile_object(name, source_name, flags):
             try:
-                self.spawn([*commands[name], "-o", str(build / f"{name}.o")])
+                self.spawn([compiler, *flags, "-c", str(source / source_name), "-o", str(build / f"{name}.o")])
             except Exception as error:  # distutils' and setuptools' error classes differ by version
-                print(f"warning: {name} kernels are left out: {error}", file=sys.stderr)
+                print(f"warning: {name} did not compile: {error}", file=sys.stderr)
                 return None
             return name
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            built = [name for name in pool.map(compile_object, commands) if name]
-        if "portable" not in built:
+        # Threads of the OpenMP pool that torch has, or, from a compiler without it, threads started at each call.
+        for threads in (["-fopenmp"], ["-DMC_STD_THREADS", "-pthread"]):
+            flags = [*NATIVE_FLAGS, *threads, *extra]
+            sets = {"portable": []}
+            if platform.machine().lower() in ("x86_64", "amd64"):
+                sets.update(INSTRUCTION_SETS)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                jobs = [
+                    pool.submit(compile_object, name, f"isa_{name}.cpp", flags + isa) for name, isa in sets.items()
+                ]
+                built = [job.result() for job in jobs if job.result()]
+            if "portable" in built:
+                break
+        else:
             print("warning: the native CPU kernels did not compile, PyTorch runs instead", file=sys.stderr)
             return
         defines = [f"-DMC_HAS_{name.upper()}" for name in built]
-        main = build / "library.o"
-        self.spawn([compiler, *flags, *defines, "-c", str(source / "library.cpp"), "-o", str(main)])
+        compile_object("library", "library.cpp", flags + defines)
         # OpenMP is compiled for but not linked: its functions come from the library that torch has loaded.
         link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,-s"] * (not extra)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{os.getpid()}")
-        objects = [str(build / f"{name}.o") for name in built]
-        self.spawn([compiler, "-shared", *extra, "-o", str(partial), *objects, str(main), *link])
+        objects = [str(build / f"{name}.o") for name in (*built, "library")]
+        self.spawn([compiler, "-shared", *extra, "-o", str(partial), *objects, *link])
         partial.replace(target)  # a running process may have the old one mapped
 
 

@@ -1,8 +1,8 @@
-"""A decoder layer and a linear layer at few tokens, as four native calls around the attention.
+"""A decoder layer as four calls around the attention, and a linear layer at few tokens.
 
 At one token a layer is bound by reading its weights, and what PyTorch does between the products (norms, rotation,
 activation, residual sums) costs as much time as the reading of a small layer. Here each product takes its neighbours
-along.
+along. In a prompt, PyTorch's matrix products stay, and each of the others is one pass over memory.
 """
 
 import torch
@@ -44,12 +44,11 @@ def fused_linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
 def fused_decoder_layer(layer, hidden_states: torch.Tensor, *, position_embeddings, **kwargs) -> torch.Tensor | None:
     """What `MiniCPM4DecoderLayer.forward` returns, or None where this does not serve the call.
 
-    It serves plain bfloat16 layers (no adapter, no quantised or hooked module, SiLU) on the CPU, at one to eight
-    tokens in all, without gradients.
+    It serves plain bfloat16 layers (no adapter, no quantised or hooked module, SiLU) on the CPU without gradients.
     """
     attention, mlp = layer.self_attn, layer.mlp
     if (
-        not serves(hidden_states, attention.q_proj.weight)
+        not serves(hidden_states, attention.q_proj.weight, max_rows=None)
         or not all(
             map(
                 _is_plain_linear,

@@ -17,13 +17,14 @@ import torch
 ISA_VARIABLE = "MINICPM4_CPU_ISA"
 # Loads another build of the library, such as one with a sanitizer.
 LIBRARY_VARIABLE = "MINICPM4_CPU_LIBRARY"
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Layouts of the structs in csrc/abi.h: all fields are 8 bytes wide.
 ATTENTION_ARGS = struct.Struct("25qd24q")
 POOL_ARGS = struct.Struct("17q")
 LINEAR_ARGS = struct.Struct("16qd2qd5q")
+ROWWISE_ARGS = struct.Struct("10qd4q")
 NO_TENSOR = (0, 0, 0, 0)
 
 
@@ -45,6 +46,8 @@ def load_library() -> ctypes.CDLL:
         LibraryUnavailable: it was not built, does not load, or lacks the instruction set that was forced.
     """
     path = library_path()
+    if not path.exists() and LIBRARY_VARIABLE in os.environ:
+        raise LibraryUnavailable(f"{LIBRARY_VARIABLE} names a native library that does not exist, {path}")
     if not path.exists():
         raise LibraryUnavailable(
             "the native library was not built, as there was no C++ compiler at install; install g++ or clang and run "
@@ -59,7 +62,7 @@ def load_library() -> ctypes.CDLL:
     library.mc_choose_isa.restype = library.mc_isa_name.restype = ctypes.c_char_p
     library.mc_choose_isa.argtypes, library.mc_isa_name.argtypes = [ctypes.c_char_p], [ctypes.c_int64]
     library.mc_abi_version.restype = ctypes.c_int64
-    for function in (library.mc_attention, library.mc_pool, library.mc_linear):
+    for function in (library.mc_attention, library.mc_pool, library.mc_linear, library.mc_rowwise):
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
     if library.mc_abi_version() != _ABI_VERSION:
         raise LibraryUnavailable("the native library is of another version; run `pip install` again")

@@ -1,20 +1,24 @@
-"""Linear layers at one to eight rows of bfloat16, native, straight from torch's row-major weights."""
+"""Linear layers in bfloat16 with what stands around them in a decoder layer.
+
+At one to eight rows the product itself is native, straight from torch's row-major weights; above, torch's matrix
+product runs, and the norm, rotation, activation and residual sum are one native pass each.
+"""
 
 import torch
 
 from minicpm4_hf.kernels.cpu.attention import LIBRARY
-from minicpm4_hf.kernels.cpu.library import LINEAR_ARGS, check_result, load_library
+from minicpm4_hf.kernels.cpu.library import LINEAR_ARGS, ROWWISE_ARGS, check_result, load_library
 
 MAX_ROWS = 8
-_NO_ROPE = (0,) * 5
 
 
-def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the native product takes `x [..., K]` and `weight [N, K]`: few rows, bfloat16, CPU, no gradient."""
+def serves(x: torch.Tensor, weight: torch.Tensor, max_rows: int | None = MAX_ROWS) -> bool:
+    """Whether the native code takes `x [..., K]` and `weight [N, K]`: bfloat16, CPU, no gradient, few rows."""
     return (
         x.dtype == torch.bfloat16
         and weight.dtype == torch.bfloat16
-        and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
+        and x.numel() > 0
+        and (max_rows is None or x.numel() <= max_rows * x.shape[-1])
         and x.device.type == "cpu"
         and weight.is_contiguous()
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
@@ -34,29 +38,31 @@ def linear(
     Sums are float32; each step rounds to bfloat16 where torch's own operators would.
 
     Args:
-        x: bfloat16 `[..., K]`, one to eight rows in all.
+        x: bfloat16 `[..., K]`, any number of rows.
         weights: bfloat16 `[N, K]`, contiguous.
         gate: a weight like the only other one; the result is `silu(x @ gate.T) * (x @ weight.T)`.
         norm: RMSNorm's weight `[K]` and epsilon, applied to `x` first.
         residual: `[..., N]` and a factor; the result is `residual + result * factor`.
-        rope: cosine and sine, float32 `[..., D]` with a row for each of `x`, and how many heads to rotate.
+        rope: cosine and sine, float32 `[..., D]`, with a row for each of `x` or repeating after fewer (a batch at the
+            same positions), and how many heads to rotate.
 
     Returns:
         bfloat16 `[..., N1 + N2 + N3]`.
     """
     features = x.shape[-1]
     rows = x.reshape(-1, features)
+    if rows.shape[0] > MAX_ROWS:
+        return _many_rows(rows, weights, gate, norm, residual, rope).view(*x.shape[:-1], -1)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     sizes = [weight.shape[0] for weight in weights]
     out = x.new_empty(*x.shape[:-1], sum(sizes))
     missing = (0,) * (3 - len(weights))
     addresses = [weight.data_ptr() for weight in weights]
-    rotation = _NO_ROPE
+    rotation = (0,) * 5
     if rope is not None:
-        cosine, sine = (table.reshape(-1, table.shape[-1]).contiguous() for table in rope[:2])
-        stride = 0 if cosine.shape[0] == 1 else cosine.shape[1]
-        rotation = (cosine.data_ptr(), sine.data_ptr(), stride, rope[2], cosine.shape[1])
+        cosine, sine = _rope_tables(rope)
+        rotation = (cosine.data_ptr(), sine.data_ptr(), cosine.shape[0], rope[2], cosine.shape[1])
     if residual is not None:
         earlier = residual[0].reshape(-1, out.shape[-1])
     arguments = LINEAR_ARGS.pack(
@@ -78,6 +84,57 @@ def linear(
         *rotation,
     )
     check_result(load_library().mc_linear(arguments))
+    return out
+
+
+def _rope_tables(rope) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine as contiguous float32 `[rows, D]`; row i of the input takes row i modulo their number."""
+    return tuple(table.reshape(-1, table.shape[-1]).float().contiguous() for table in rope[:2])
+
+
+def _many_rows(x, weights, gate, norm, residual, rope) -> torch.Tensor:
+    """`linear` over `[rows, K]` with torch's matrix product."""
+    if norm is not None:
+        x = _rowwise(_NORM, x, norm[0], torch.empty_like(x, memory_format=torch.contiguous_format), number=norm[1])
+    if len(weights) == 1:
+        out = x @ weights[0].mT
+    else:
+        out = x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
+        begin = 0
+        for weight in weights:
+            torch.mm(x, weight.mT, out=out[:, begin : begin + weight.shape[0]])
+            begin += weight.shape[0]
+    if gate is not None:
+        out = _rowwise(_GATE, x @ gate.mT, out, out)
+    if residual is not None:
+        out = _rowwise(_ADD, residual[0].reshape(out.shape), out, out, number=residual[1])
+    if rope is not None:
+        cosine, sine = _rope_tables(rope)
+        rotation = (cosine.data_ptr(), sine.data_ptr(), cosine.shape[0], cosine.shape[1])
+        _rowwise(_ROTATE, out, out, out, rotation=rotation, features=rope[2] * cosine.shape[1])
+    return out
+
+
+_NORM, _GATE, _ADD, _ROTATE = range(4)
+
+
+def _rowwise(kind, x, y, out, *, number=0.0, rotation=(0,) * 4, features=None) -> torch.Tensor:
+    """One native pass over the rows of `x`; see `mc_rowwise_args` in csrc/abi.h."""
+    arguments = ROWWISE_ARGS.pack(
+        x.data_ptr(),
+        y.data_ptr(),
+        out.data_ptr(),
+        kind,
+        x.shape[0],
+        features or x.shape[1],
+        x.stride(0),
+        y.stride(0),
+        out.stride(0),
+        torch.get_num_threads(),
+        number,
+        *rotation,
+    )
+    check_result(load_library().mc_rowwise(arguments))
     return out
 
 

@@ -123,11 +123,13 @@ def cache_bytes(config, num_tokens: int, itemsize: int) -> dict[str, int]:
 
 def attention_backend(sparse_config: dict | None, device_type: str) -> tuple[str, str]:
     """What would run the attention, and why."""
-    if sparse_config is None:
-        return "sdpa", "dense attention: the config has no sparse_config (`--sparse` sets the official one)"
     from minicpm4_hf.kernels import resolve_backend
 
-    return resolve_backend(device_type)
+    backend, reason = resolve_backend(device_type)
+    if sparse_config is not None:
+        return backend, reason
+    dense = "dense attention: the config has no sparse_config (`--sparse` sets the official one)"
+    return ("cpu", f"{reason}; {dense}") if backend == "cpu" else ("sdpa", f"{dense}; {reason}")
 
 
 def table(facts: dict) -> str:

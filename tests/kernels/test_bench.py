@@ -20,7 +20,7 @@ def test_every_op_has_a_tiny_shape_and_known_defaults():
 
 def test_shapes_are_the_models():
     shapes = OPS["infllm_v2"].shapes
-    assert len(shapes) == 1 + 2 * 3 * 2
+    assert len(shapes) == 1 + 2 * 4 * 2
     small, large = shapes["0.5b-16k-decode"], shapes["8b-32k-prefill"]
     assert (small.num_query_heads, small.num_kv_heads, small.head_dim) == (16, 2, 64)
     assert (small.num_keys, small.num_queries) == (16384, 1)
@@ -47,6 +47,9 @@ def test_tiny_shape_runs(op, dtype):
     assert all(row["median_ms"] > 0 and row["iqr_ms"] >= 0 for row in result["times"])
     dense = [row["speedup"] for row in result["times"] if not row["name"].startswith("ours")]
     assert max(dense) == pytest.approx(1)
+    assert all(rate > 0 for rate in result["ceilings"].values())
+    decode = bench_shape(op, replace(op.shapes["tiny"], num_queries=1), dtype, "cpu", repeats=2)
+    assert all(row["over_limit"] > 0 for row in decode["times"] if row["name"].startswith("ours"))
 
 
 def test_tiny_budget_is_sparse():
@@ -81,7 +84,7 @@ def test_command_prints_one_json_document_last(tmp_path):
     )
     document = json.loads(run.stdout.splitlines()[-1])
     assert document == json.loads(out.read_text())
-    assert document["op"] == "infllm_v2" and document["dtype"] == "float32" and document["repeats"] == 2
+    assert document["op"] == "infllm_v2" and document["dtype"] == "bfloat16" and document["repeats"] == 2
     assert document["machine"]["threads"] >= 1
     assert "median ms" in run.stdout and "spread ms" in run.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["speed.json"]

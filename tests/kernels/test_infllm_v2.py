@@ -6,8 +6,16 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from definitions import naive_sparse_attention
+from definitions import (
+    block_mask,
+    check_rounding,
+    make_inputs,
+    masked_attention,
+    naive_sparse_attention,
+    rounding,
+)
 
+from minicpm4_hf.kernels.cpu import why_missing
 from minicpm4_hf.kernels.infllm_v2 import sparse_attention
 from minicpm4_hf.sparse_attention import count_pooled, pool_keys
 from minicpm4_hf.sparse_cache import CompressedKeys
@@ -16,29 +24,10 @@ SMALL = {"kernel_size": 8, "kernel_stride": 4, "block_size": 16, "init_blocks": 
 GROUPS = pytest.mark.parametrize("group", [1, 3, 8, 16], ids=lambda g: f"G{g}")
 
 
-def make_inputs(batch, num_keys, heads, group, dim, *, num_queries=None, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    num_queries = num_keys if num_queries is None else num_queries
-    q = torch.randn(batch, heads * group, num_queries, dim, generator=generator, dtype=torch.float64)
-    k = torch.randn(batch, heads, num_keys, dim, generator=generator, dtype=torch.float64) * 2
-    v = torch.randn(batch, heads, num_keys, dim, generator=generator, dtype=torch.float64)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def block_mask(block_indices, num_queries, num_keys, block_size):
-    """Bool `[B, H, TQ, TK]` from block numbers: what a query may attend to, causal edge included."""
-    positions = torch.arange(num_keys - num_queries, num_keys)
-    blocks = torch.arange(num_keys) // block_size
-    picked = (block_indices.unsqueeze(-1) == blocks).any(-2)
-    return picked & (torch.arange(num_keys) <= positions[:, None])
-
-
-def masked_attention(q, k, v, mask):
-    """Plain attention under a bool mask `[B, H, TQ, TK]`, in the dtype of the inputs."""
-    group = q.shape[1] // k.shape[1]
-    k, v, mask = (t.repeat_interleave(group, 1) for t in (k, v, mask))
-    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+BACKENDS = pytest.mark.parametrize(
+    "backend",
+    ["reference", pytest.param("cpu", marks=pytest.mark.skipif(why_missing() is not None, reason=str(why_missing())))],
+)
 
 
 @GROUPS
@@ -73,67 +62,86 @@ def test_parity_over_settings(settings):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
 
 
+@BACKENDS
+@GROUPS
+@pytest.mark.parametrize("lse_approx", [True, False], ids=["coarse", "exact"])
+def test_float32_parity_with_definition(lse_approx, group, backend):
+    """float64 runs on the reference alone, so what every backend shares is measured here."""
+    q, k, v = make_inputs(2, 191, 2, group, 16, num_queries=24, dtype=torch.float32)
+    for kv_start in (None, torch.tensor([0, 21], dtype=torch.int32)):
+        options = {**SMALL, "lse_approx": lse_approx, "kv_start": kv_start}
+        out, blocks = sparse_attention(q, k, v, **options, backend=backend)
+        expected, expected_blocks = naive_sparse_attention(q, k, v, **options)
+        assert torch.equal(blocks, expected_blocks)
+        torch.testing.assert_close(out.double(), expected, **rounding(torch.float32))
+
+
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dim", [16, 64, 96, 128], ids=lambda d: f"D{d}")
-def test_low_precision_error(dtype, dim):
+def test_low_precision_error(dtype, dim, backend):
     """At most twice the error of the same maths written plainly in that dtype, over the blocks that were picked."""
     q, k, v = make_inputs(2, 200, 2, 4, dim, dtype=dtype)
-    out, blocks = sparse_attention(q, k, v, **SMALL)
+    out, blocks = sparse_attention(q, k, v, **SMALL, backend=backend)
     mask = block_mask(blocks, 200, 200, 16)
     exact = masked_attention(q.double(), k.double(), v.double(), mask)
-    plain = masked_attention(q, k, v, mask)
-    allowed = 2 * (plain.double() - exact).abs().max() + 10 * torch.finfo(dtype).eps ** 2
-    assert out.dtype == dtype
-    assert (out.double() - exact).abs().max() <= allowed
+    check_rounding(out, exact, masked_attention(q, k, v, mask))
     if dtype == torch.float32:  # the lower ones round the pooled keys, and with them the ranking
         assert torch.equal(blocks, naive_sparse_attention(q, k, v, **SMALL)[1])
 
 
+@BACKENDS
 @GROUPS
-def test_budget_over_all_blocks_is_dense(group):
-    q, k, v = make_inputs(2, 111, 2, group, 16)
-    out, blocks = sparse_attention(q, k, v, **{**SMALL, "topk": 8})
+def test_budget_over_all_blocks_is_dense(group, backend):
+    q, k, v = make_inputs(2, 111, 2, group, 16, dtype=torch.float32)
+    out, blocks = sparse_attention(q, k, v, **{**SMALL, "topk": 8}, backend=backend)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
     assert blocks[0, 0, -1].tolist() == [*range(7), -1, -1, -1]
 
 
+@BACKENDS
 @GROUPS
-def test_decode_and_chunks_equal_prefill(group):
+def test_decode_and_chunks_equal_prefill(group, backend):
     q, k, v = make_inputs(2, 199, 2, group, 16, dtype=torch.float32)
-    out, blocks = sparse_attention(q, k, v, **SMALL)
+    out, blocks = sparse_attention(q, k, v, **SMALL, backend=backend)
     for begin, end in ((0, 1), (1, 70), (70, 71), (71, 199)):
-        part, part_blocks = sparse_attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], **SMALL)
+        part, part_blocks = sparse_attention(
+            q[:, :, begin:end], k[:, :, :end], v[:, :, :end], **SMALL, backend=backend
+        )
         assert torch.equal(part_blocks, blocks[:, :, begin:end])
         torch.testing.assert_close(part, out[:, :, begin:end], rtol=0, atol=1e-5)
 
 
-def test_rows_do_not_see_each_other():
+@BACKENDS
+def test_rows_do_not_see_each_other(backend):
     q, k, v = make_inputs(3, 150, 2, 4, 16, dtype=torch.float32)
     starts = torch.tensor([0, 77, 150], dtype=torch.int32)  # the last row is all padding
     k[1, :, :77] = v[1, :, :77] = torch.nan
-    out, blocks = sparse_attention(q, k, v, **SMALL, kv_start=starts)
-    alone, alone_blocks = sparse_attention(q[1:2, :, 77:], k[1:2, :, 77:], v[1:2, :, 77:], **SMALL)
-    torch.testing.assert_close(out[1:2, :, 77:], alone, rtol=0, atol=0)
+    out, blocks = sparse_attention(q, k, v, **SMALL, kv_start=starts, backend=backend)
+    alone, alone_blocks = sparse_attention(q[1:2, :, 77:], k[1:2, :, 77:], v[1:2, :, 77:], **SMALL, backend=backend)
+    torch.testing.assert_close(out[1:2, :, 77:], alone, **rounding(torch.float32))  # threads may share a tile's keys
     assert torch.equal(blocks[1:2, :, 77:], alone_blocks)
     assert (out[1, :, :77] == 0).all() and (blocks[1, :, :77] == -1).all()
     assert (out[2] == 0).all() and (blocks[2] == -1).all()
     order = torch.tensor([2, 0, 1])
-    shuffled, _ = sparse_attention(q[order], k[order], v[order], **SMALL, kv_start=starts[order])
+    shuffled, _ = sparse_attention(q[order], k[order], v[order], **SMALL, kv_start=starts[order], backend=backend)
     torch.testing.assert_close(shuffled, out[order], rtol=0, atol=0)
 
 
-def test_forced_blocks_and_ties():
+@BACKENDS
+def test_forced_blocks_and_ties(backend):
     q = torch.zeros(1, 2, 320, 16)
     k, v = torch.zeros(1, 1, 320, 16), torch.randn(1, 1, 320, 16)
-    _, blocks = sparse_attention(q, k, v, **{**SMALL, "topk": 5})
+    _, blocks = sparse_attention(q, k, v, **{**SMALL, "topk": 5}, backend=backend)
     # own block 19, two local ones, the first one; every score ties, so the free picks are the lowest numbers
     assert blocks[0, 0, -1].tolist() == [0, 1, 2, 3, 17, 18, 19]
     assert (blocks.diff(dim=-1)[blocks[..., 1:] >= 0] > 0).all()
 
 
-def test_far_scores_do_not_overflow():
+@BACKENDS
+def test_far_scores_do_not_overflow(backend):
     q, k, v = make_inputs(1, 200, 1, 4, 16, dtype=torch.float32)
-    out, blocks = sparse_attention(q * 100, k * 100, v, **SMALL)
+    out, blocks = sparse_attention(q * 100, k * 100, v, **SMALL, backend=backend)
     assert out.isfinite().all()
     assert (blocks[0, 0, -1] >= 0).all()
 

@@ -45,7 +45,8 @@ struct mc_pool_args {
 //   norm_weight  RMSNorm of x first
 //   gate         out = silu(x . gate) * (x . weight)
 //   residual     out = residual + out * residual_scale
-//   rope_heads   the first so many heads of `head_dim` outputs are rotated by `cosine` and `sine` [rows, head_dim]
+//   rope_heads   the first so many heads of `head_dim` outputs of row i are rotated by row i % rope_rows of `cosine` and
+//                `sine` [rope_rows, head_dim]
 struct mc_linear_args {
     const void *x;
     void *out;
@@ -58,11 +59,27 @@ struct mc_linear_args {
     int64_t residual_stride;
     double residual_scale;
     const float *cosine, *sine;
-    int64_t rope_stride, rope_heads, head_dim;
+    int64_t rope_rows, rope_heads, head_dim;
+};
+
+// One pass over rows of bfloat16, in place of several of torch's operators:
+//   MC_NORM    out = RMSNorm(x), weight `y`, epsilon `number`
+//   MC_GATE    out = silu(x) * y
+//   MC_ADD     out = x + y * number
+//   MC_ROTATE  out, in place: each head of `head_dim` by row i % rope_rows of `cosine` and `sine`
+enum { MC_NORM = 0, MC_GATE = 1, MC_ADD = 2, MC_ROTATE = 3 };
+struct mc_rowwise_args {
+    const void *x, *y;
+    void *out;
+    int64_t kind, rows, features, x_stride, y_stride, out_stride, num_threads;
+    double number;
+    const float *cosine, *sine;
+    int64_t rope_rows, head_dim;
 };
 
 struct mc_kernels {
     int (*attention)(const mc_attention_args &);
     int (*pool)(const mc_pool_args &);
     int (*linear)(const mc_linear_args &);
+    int (*rowwise)(const mc_rowwise_args &);
 };

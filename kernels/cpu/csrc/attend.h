@@ -91,7 +91,7 @@ static void attend_runs(E &engine, const Tile &tile, const Runs &runs, int64_t b
         const void *next_k = nullptr, *next_v = nullptr;
         if (next < end) {
             // Asked for while the first query computes where the engine reads in place, before it otherwise.
-            if (E::kAsksAhead && k_stride == k_row && v_stride == v_row && rows == count)
+            if (E::kAsksAhead && k_row == dim && v_row == dim && rows == count)
                 next_k = k + runs.first(next) * k_row, next_v = v + runs.first(next) * v_row;
             else
                 fetch(next);

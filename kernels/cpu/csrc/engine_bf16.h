@@ -82,10 +82,16 @@ struct EngineBf16 {
         return _mm512_add_ps(a, b);
     }
 
-    // Products of 16 keys (rows `stride` bytes apart): acc[t] of key t. With AHEAD the same rows of the run that comes
-    // later, `ahead` bytes from here, are asked for on the way: a burst of requests would stall the arithmetic.
+    template <int LINES>
+    MC_INLINE void ask(const char *&ahead) {
+        MC_UNROLL for (int i = 0; i < LINES; i++) __builtin_prefetch(ahead + 64 * i, 0, 3);
+        ahead += 64 * LINES;
+    }
+
+    // Products of 16 keys (rows `stride` bytes apart): acc[t] of key t. With AHEAD the memory at `ahead` is asked for
+    // on the way, line by line: a burst of requests would stall the arithmetic.
     template <bool AHEAD>
-    MC_INLINE void dots(const uint32_t *qg, const char *k, int64_t stride, int64_t dim, int64_t ahead, __m512 *acc) {
+    MC_INLINE void dots(const uint32_t *qg, const char *k, int64_t stride, int64_t dim, const char *&ahead, __m512 *acc) {
         MC_UNROLL for (int t = 0; t < 16; t++) acc[t] = _mm512_setzero_ps();
         const char *row[4] = {k, k + 4 * stride, k + 8 * stride, k + 12 * stride};
         int64_t stride3 = 3 * stride;
@@ -101,27 +107,15 @@ struct EngineBf16 {
                 row[t] += 4 * P;
             }
         };
-        if (!AHEAD) {
-            for (int64_t s = 0; s < steps; s++) step();
-            return;
-        }
-        const char *next = k + ahead;  // one cache line of each of the 16 rows for every 64 bytes of a key
-        for (int64_t s = 0; s < steps;) {
-            const char *line = next;
-            for (int i = 0; i < 16 / P && s < steps; i++, s++) {
-                MC_UNROLL for (int r = 0; r < P; r++) {
-                    __builtin_prefetch(line, 0, 3);
-                    line += stride;
-                }
-                step();
-            }
-            next += 64;
+        for (int64_t s = 0; s < steps; s++) {
+            if (AHEAD) ask<P>(ahead);
+            step();
         }
     }
 
     // Scores of UNIT keys as UNIT / P vectors: run r of 2 * P keys gives its even keys, then its odd ones.
     template <bool AHEAD>
-    MC_INLINE void score_unit(const uint32_t *qg, const char *k, int64_t stride, int64_t dim, int64_t ahead, __m512 *to) {
+    MC_INLINE void score_unit(const uint32_t *qg, const char *k, int64_t stride, int64_t dim, const char *&ahead, __m512 *to) {
         __m512 acc[16];
         if (P == 16) {
             for (int odd = 0; odd < 2; odd++) {
@@ -163,7 +157,7 @@ struct EngineBf16 {
 
     template <int C, bool AHEAD>
     MC_INLINE void add_values(const uint32_t *p, const char *v, int64_t stride, int runs, __mmask32 last, int64_t dim32,
-                              int64_t ahead, float *to) {
+                              const char *&ahead, float *to) {
         __m512 acc[HEADS][C][2];
         MC_UNROLL for (int h = 0; h < HEADS; h++) {
             MC_UNROLL for (int c = 0; c < C; c++) {
@@ -174,10 +168,7 @@ struct EngineBf16 {
         for (int r = 0; r < runs; r++, p += 16) {
             MC_UNROLL for (int u = 0; u < P; u++, v += 2 * stride) {
                 MC_UNROLL for (int c = 0; c < C; c++) {
-                    if (AHEAD) {
-                        __builtin_prefetch(v + ahead + 64 * c, 0, 3);
-                        __builtin_prefetch(v + ahead + stride + 64 * c, 0, 3);
-                    }
+                    if (AHEAD) ask<(2 * HEADS + GP - 1) / GP>(ahead);  // all passes together: the whole run
                     __mmask32 mask = c == C - 1 ? last : ~(__mmask32)0;
                     __m512i a = _mm512_maskz_loadu_epi16(mask, v + 64 * c);
                     __m512i b = _mm512_maskz_loadu_epi16(mask, v + stride + 64 * c);
@@ -227,10 +218,10 @@ struct EngineBf16 {
     }
 
     // Adds `count` keys (at most kTile, readable up to a multiple of UNIT) to query `g`. With AHEAD it also asks for the
-    // run of keys and values that lies so many bytes further.
+    // run of keys and values, each in one piece, that comes later.
     template <bool AHEAD>
     MC_INLINE void process_run(EngineBf16 &e, int64_t g, const uint16_t *keys, int64_t k_stride, const uint16_t *values,
-                               int64_t v_stride, int64_t first_key, int count, int64_t k_ahead, int64_t v_ahead) {
+                               int64_t v_stride, int64_t first_key, int count, const char *k_ahead, const char *v_ahead) {
         int low, high;
         visible_keys(e.tile, g, first_key, count, low, high);
         if (low >= high) return;
@@ -293,30 +284,27 @@ struct EngineBf16 {
         const int runs = units * UNIT / (2 * P);
         const __mmask32 tail = dim % 32 ? 0xFFFFu : ~(__mmask32)0;
         const int64_t chunks = dim32 / 32;
-        auto add = [&](int h, auto first) __attribute__((always_inline)) {
-            constexpr bool ASK = AHEAD && decltype(first)::value;  // the first heads ask for all
+        for (int h = 0; h < GP; h += HEADS) {
             float *to = e.o + (g * GP + h) * dim32;
             int64_t c = 0;
             for (; c + CHUNKS <= chunks; c += CHUNKS)
-                add_values<CHUNKS, ASK>(weights + h * P, (const char *)(values + 32 * c), 2 * v_stride, runs,
+                add_values<CHUNKS, AHEAD>(weights + h * P, (const char *)(values + 32 * c), 2 * v_stride, runs,
                                         c + CHUNKS == chunks ? tail : ~(__mmask32)0, dim32, v_ahead, to + 32 * c);
             if (CHUNKS > 1)
                 for (; c < chunks; c++)
-                    add_values<1, ASK>(weights + h * P, (const char *)(values + 32 * c), 2 * v_stride, runs,
+                    add_values<1, AHEAD>(weights + h * P, (const char *)(values + 32 * c), 2 * v_stride, runs,
                                        c + 1 == chunks ? tail : ~(__mmask32)0, dim32, v_ahead, to + 32 * c);
-        };
-        add(0, Constant<true>());
-        for (int h = HEADS; h < GP; h += HEADS) add(h, Constant<false>());
+        }
     }
 
     // The run to ask for meanwhile begins at `next_k` and `next_v`; null for none.
     void process(int64_t g, const uint16_t *k, int64_t k_stride, const uint16_t *v, int64_t v_stride, int64_t first_key,
                  int count, uint64_t, const void *next_k, const void *next_v) {
         if (next_k)
-            process_run<true>(*this, g, k, k_stride, v, v_stride, first_key, count, (const char *)next_k - (const char *)k,
-                              (const char *)next_v - (const char *)v);
+            process_run<true>(*this, g, k, k_stride, v, v_stride, first_key, count, (const char *)next_k,
+                              (const char *)next_v);
         else
-            process_run<false>(*this, g, k, k_stride, v, v_stride, first_key, count, 0, 0);
+            process_run<false>(*this, g, k, k_stride, v, v_stride, first_key, count, nullptr, nullptr);
     }
 
     // The weight of all keys of a head, and its sums as float32 in the dimensions' own order, 32 at a time.

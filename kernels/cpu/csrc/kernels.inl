@@ -28,7 +28,8 @@ namespace {
 #include "select.h"
 #include "attend.h"
 #include "pool.h"
+#include "rowwise.h"
 #include "linear.h"
 }  // namespace
 
-extern const mc_kernels MC_ISA = {attention, pool, linear};
+extern const mc_kernels MC_ISA = {attention, pool, linear, rowwise};

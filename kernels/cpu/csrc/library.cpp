@@ -68,8 +68,9 @@ MC_EXPORT const char *mc_isa_name(int64_t i) {
     return nullptr;
 }
 
-MC_EXPORT int64_t mc_abi_version() { return 1; }
+MC_EXPORT int64_t mc_abi_version() { return 2; }
 
 MC_EXPORT int mc_attention(const mc_attention_args *args) { return g_isa->kernels->attention(*args); }
 MC_EXPORT int mc_pool(const mc_pool_args *args) { return g_isa->kernels->pool(*args); }
 MC_EXPORT int mc_linear(const mc_linear_args *args) { return g_isa->kernels->linear(*args); }
+MC_EXPORT int mc_rowwise(const mc_rowwise_args *args) { return g_isa->kernels->rowwise(*args); }

@@ -75,7 +75,7 @@ struct DotFp32 {
                 const bf16 *from = w + r * features + k;
                 __builtin_prefetch((const char *)from + kAheadBytes, 0, 3);
                 vi both = *(const vi_any *)from;
-                vf even = (vf)(both << 16), odd = (vf)(both & ((vi{} - 1) << 16));
+                vf even = (vf)((vu)both << 16), odd = (vf)((vu)both & 0xffff0000u);
                 MC_UNROLL for (int m = 0; m < M; m++) {
                     acc[0][r][m] += even * load(x + m * x_stride + k);
                     acc[1][r][m] += odd * load(x + m * x_stride + k + W);
@@ -98,49 +98,10 @@ MC_INLINE float round_bf16(float x) {
     return to_float(y);
 }
 
-MC_INLINE vf silu(vf x) { return x / (splat(1.0f) + exp2_of(x * splat(-kLog2E))); }
-
 MC_INLINE vf round_bf16(vf x) {  // to nearest, ties to even; finite numbers and infinity
-    vi u = (vi)x;
-    vi rounded = (u + 0x7fff + ((u >> 16) & 1)) & ((vi{} - 1) << 16);
+    vu u = (vu)x;
+    vu rounded = (u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000u;
     return x != x ? x : (vf)rounded;
-}
-
-// RMSNorm of each row as torch rounds it: the scaled row to bfloat16, then times the weight.
-static void norm_rows(const mc_linear_args &a, bf16 *to) {
-    const bf16 *weight = (const bf16 *)a.norm_weight;
-    for (int64_t m = 0; m < a.rows; m++) {
-        const bf16 *x = (const bf16 *)a.x + m * a.x_stride;
-        float squares[64] = {0}, total = 0;
-        for (int64_t k = 0; k < a.in_features; k += 64)
-            for (int64_t i = 0; i < 64 && k + i < a.in_features; i++) squares[i] += to_float(x[k + i]) * to_float(x[k + i]);
-        for (int i = 0; i < 64; i++) total += squares[i];
-        float scale = 1.0f / __builtin_sqrtf(total / (float)a.in_features + (float)a.norm_eps);
-        bf16 *row = to + m * a.in_features;
-        for (int64_t k = 0; k < a.in_features; k++) {
-            // Rounding by integers alone, so that the compiler makes vectors of it; a NaN stays one.
-            uint32_t u = float_bits(to_float(x[k]) * scale);
-            float once = bits_float((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u);
-            u = float_bits(to_float(weight[k]) * once);
-            row[k].bits = (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-        }
-    }
-}
-
-// Rotates the first `rope_heads` heads of each output row: y * cos + (the other half, its first part negated) * sin.
-static void rotate_heads(const mc_linear_args &a) {
-    const int64_t half = a.head_dim / 2;
-    for (int64_t m = 0; m < a.rows; m++) {
-        const float *cosine = a.cosine + m * a.rope_stride, *sine = a.sine + m * a.rope_stride;
-        for (int64_t h = 0; h < a.rope_heads; h++) {
-            bf16 *y = (bf16 *)a.out + m * a.out_stride + h * a.head_dim;
-            for (int64_t d = 0; d < half; d++) {
-                float first = to_float(y[d]), second = to_float(y[d + half]);
-                from_float(first * cosine[d] - second * sine[d], y[d]);
-                from_float(second * cosine[d + half] + first * sine[d + half], y[d + half]);
-            }
-        }
-    }
 }
 
 template <int M>
@@ -154,7 +115,8 @@ static int run_linear(const mc_linear_args &a) {
     const bf16 *input = (const bf16 *)a.x;
     if (a.norm_weight) {
         bf16 *normed = memory.take<bf16>(M * features);
-        norm_rows(a, normed);
+        for (int m = 0; m < M; m++)
+            norm_row(input + m * a.x_stride, (const bf16 *)a.norm_weight, (float)a.norm_eps, features, normed + m * features);
         input = normed, x_stride = features;
     }
     const auto *x = Dot::prepare(input, M, features, x_stride, memory.take<float>(Dot::scratch_floats(features, M)));
@@ -199,7 +161,10 @@ static int run_linear(const mc_linear_args &a) {
             }
         }
     });
-    if (a.rope_heads) rotate_heads(a);
+    for (int m = 0; a.rope_heads && m < M; m++) {
+        int64_t at = m % a.rope_rows * a.head_dim;
+        rotate_row((bf16 *)a.out + m * a.out_stride, a.cosine + at, a.sine + at, a.rope_heads, a.head_dim);
+    }
     return MC_OK;
 }
 

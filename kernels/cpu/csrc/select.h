@@ -80,6 +80,7 @@ struct Selector {
     word *queries, *keys;            // [tile][group][words], [words][width]
     float *scores, *maxima, *sums;   // [group][width], [tile][group][W] twice
     float *lse, *window;             // [tile][group], [tile][carry + width]
+    const char *next_keys = nullptr, *next_end = nullptr;  // what is asked for while a chunk is worked on
 
     static void geometry(const mc_attention_args &a, int64_t &chunk, int64_t &per_block, int64_t &carry) {
         per_block = a.block_size / a.kernel_stride;
@@ -120,7 +121,15 @@ struct Selector {
     // Transposes `count` keys to [words][width], the rest of the lanes 0.
     void load_keys(const Stream<T> &s, int64_t first, int64_t count) {
         const T *from = s.data + first * s.stride;
-        if (first + count < s.count) fetch(s, first + count);
+        next_keys = next_end = nullptr;
+        if (first + count < s.count) {
+            next_keys = (const char *)(s.data + (first + count) * s.stride);
+            next_end = next_keys + min64(width, s.count - first - count) * dim * sizeof(T);
+            if (s.stride != dim) {  // not in one piece
+                fetch(s, first + count);
+                next_keys = nullptr;
+            }
+        }
         int64_t j0 = 0;
 #if defined(__AVX512F__)
         if (sizeof(T) == 4 || S::kPerWord == 2) {
@@ -137,11 +146,17 @@ struct Selector {
     }
 
     // Scores of HEADS heads against two vectors of keys, in the exponent's base 2.
-    template <int HEADS>
-    MC_INLINE void dots(const word *q, int64_t words, const word *k, int64_t width, float factor, float *to) {
+    template <int HEADS, bool AHEAD>
+    MC_INLINE void dots(const word *q, int64_t words, const word *k, int64_t width, float factor, float *to,
+                        const char *&next) {
         vf acc[HEADS][2];
         MC_UNROLL for (int h = 0; h < HEADS; h++) acc[h][0] = acc[h][1] = vf{};
         for (int64_t d = 0; d < words; d++) {
+            if (AHEAD) {
+                __builtin_prefetch(next, 0, 3);
+                __builtin_prefetch(next + 64, 0, 3);
+                next += 128;
+            }
             vf a = load((const float *)(k + d * width)), b = load((const float *)(k + d * width) + W);
             MC_UNROLL for (int h = 0; h < HEADS; h++) {
                 acc[h][0] = S::multiply_add(acc[h][0], a, q[h * words + d]);
@@ -154,18 +169,30 @@ struct Selector {
         }
     }
 
+    // All heads of query `i` against the loaded keys. The first query of a tile asks for the next keys on the way.
     void score_query(int64_t i, int64_t count) {
+        if (next_keys && next_keys < next_end)
+            score_heads<true>(i, count);
+        else
+            score_heads<false>(i, count);
+    }
+
+    template <bool AHEAD>
+    void score_heads(int64_t i, int64_t count) {
         const word *q = queries + i * group * words;
+        const char *next = next_keys;
         for (int64_t j = 0; j < count; j += 2 * W) {
             int64_t h = 0;
             for (; h + S::HEADS <= group; h += S::HEADS)
-                dots<S::HEADS>(q + h * words, words, keys + j, width, factor, scores + h * width + j);
+                dots<S::HEADS, AHEAD>(q + h * words, words, keys + j, width, factor, scores + h * width + j, next);
             if (h + 4 <= group && S::HEADS > 4) {
-                dots<4>(q + h * words, words, keys + j, width, factor, scores + h * width + j);
+                dots<4, AHEAD>(q + h * words, words, keys + j, width, factor, scores + h * width + j, next);
                 h += 4;
             }
-            for (; h < group; h++) dots<1>(q + h * words, words, keys + j, width, factor, scores + h * width + j);
+            for (; h < group; h++)
+                dots<1, AHEAD>(q + h * words, words, keys + j, width, factor, scores + h * width + j, next);
         }
+        next_keys = next;
     }
 
     // log2-sum-exp2 over the keys of one stream that each query sees, for the queries whose bit is set.

@@ -3,6 +3,7 @@
 constexpr int W = MC_WIDTH;
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef float vf_any __attribute__((vector_size(W * 4), aligned(4), may_alias));  // at any address
 
 #define MC_INLINE static inline __attribute__((always_inline))
@@ -111,7 +112,7 @@ MC_INLINE vf exp2_of(vf x) {
 #if defined(__AVX512DQ__)
     return (vf)_mm512_scalef_ps((__m512)r, (__m512)n);
 #else
-    r = (vf)((vi)r + ((vi)shifted << 23));
+    r = (vf)((vu)r + ((vu)shifted << 23));  // unsigned: below -126 it overflows, and is replaced
     return x < splat(-126.0f) ? vf{} : r;
 #endif
 }

@@ -15,6 +15,8 @@ from minicpm4_hf.sparse_cache import infllm_v2_attention_forward as _reference_f
 
 # What can run InfLLM v2 in this version, and the device types it serves (None: all).
 BACKENDS = {"reference": None, "cpu": ("cpu",), "triton": ("cuda",)}
+# Compiled for GPUs and run in Triton's interpreter, but on no GPU so far: "auto" takes them only when told to.
+_triton_enabled = os.environ.get("MINICPM4_TRITON") == "1"
 
 
 def resolve_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
@@ -35,12 +37,14 @@ def resolve_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
         raise ValueError(f"`backend` must be 'auto', {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
     if backend == "reference":
         return backend, "asked for by name"
-    if backend == "triton" or (backend == "auto" and device_type == "cuda"):
+    if backend == "triton" or (backend == "auto" and device_type == "cuda" and _triton_enabled):
         if find_spec("triton") is not None:
             return "triton", "Triton kernels"
         if backend == "triton":
             raise RuntimeError("`backend='triton'` cannot run: Triton is missing (`pip install minicpm4-hf[gpu]`).")
         return "reference", "plain PyTorch; `pip install minicpm4-hf[gpu]` brings the Triton kernels"
+    if device_type == "cuda" and backend == "auto":
+        return "reference", "plain PyTorch; the Triton kernels, not yet run on a GPU, are chosen with MINICPM4_TRITON=1"
     if device_type != "cpu":
         if backend == "cpu":
             raise ValueError(
@@ -153,12 +157,7 @@ def infllm_v2_mask(
 
 
 def _serves_fused(x: torch.Tensor) -> bool:
-    return (
-        _fused_layers_enabled
-        and x.device.type == "cpu"
-        and x.shape[:-1].numel() <= 8
-        and resolve_backend("cpu")[0] == "cpu"
-    )
+    return _fused_layers_enabled and x.device.type == "cpu" and resolve_backend("cpu")[0] == "cpu"
 
 
 def _fused_decoder_layer(layer, hidden_states, **kwargs):
@@ -183,7 +182,7 @@ _fused_layers_enabled = os.environ.get("MINICPM4_FUSED_LAYERS") != "0"
 
 
 def use_fused_layers(enabled: bool = True) -> None:
-    """Switch the native decoder layer and linear layers, which serve bfloat16 decoding on the CPU, on or off.
+    """Switch the native decoder layer and linear layers, which serve bfloat16 on the CPU, on or off.
 
     They are on, unless the environment variable MINICPM4_FUSED_LAYERS is 0 at import.
     """
