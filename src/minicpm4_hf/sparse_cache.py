@@ -394,8 +394,8 @@ def _pool_static(operations, layer: StaticSparseLayer, key, num_new: int, plan: 
     """
     if operations.pool_static is None:
         raise ValueError(
-            "Sparse attention in a static cache needs the Triton kernels (`minicpm4-hf[gpu]`, MINICPM4_TRITON=1); use the "
-            "default cache (`cache_implementation='dynamic'`)."
+            "Sparse attention in a static cache needs the Triton kernels (`minicpm4-hf[gpu]`, MINICPM4_TRITON=1); use "
+            "the default cache (`cache_implementation='dynamic'`)."
         )
     size, stride = plan.settings["kernel_size"], plan.settings["kernel_stride"]
     pooled = layer.get_pooled(size, stride)

@@ -44,7 +44,7 @@ def resolve_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
             raise RuntimeError("`backend='triton'` cannot run: Triton is missing (`pip install minicpm4-hf[gpu]`).")
         return "reference", "plain PyTorch; `pip install minicpm4-hf[gpu]` brings the Triton kernels"
     if device_type == "cuda" and backend == "auto":
-        return "reference", "plain PyTorch; the Triton kernels, not yet run on a GPU, are chosen with MINICPM4_TRITON=1"
+        return "reference", "plain PyTorch; the Triton kernels, not yet run on a GPU, need MINICPM4_TRITON=1"
     if device_type != "cpu":
         if backend == "cpu":
             raise ValueError(
