@@ -3,6 +3,8 @@
     python -m minicpm4_hf.kernels.bench --op infllm_v2
     python -m minicpm4_hf.kernels.bench --op infllm_v2 --shape 8b-32k-decode --repeats 30 --json speed.json
     python -m minicpm4_hf.kernels.bench --op dense --shape 0.5b-32k-prefill --dtype bfloat16 --device cpu
+    python -m minicpm4_hf.kernels.bench --op infllm_v2 --device cuda --dtype bfloat16
+    python -m minicpm4_hf.kernels.bench --op infllm_v2 --device cuda --dtype bfloat16 --shape 8b-2x128k-s64-training
 
 The candidates take turns, over so many different inputs that none finds its keys in a cache. Two ceilings of the
 machine are measured in the same turns: the rate of a large matrix product, and how fast memory is read. The last line
@@ -24,6 +26,7 @@ from pathlib import Path
 import torch
 
 from minicpm4_hf.kernels import BACKENDS, resolve_backend
+from minicpm4_hf.kernels.bench.cuda import GPU_DEFAULTS, describe_gpu, gpu_cases, measure_case, print_case
 from minicpm4_hf.kernels.bench.registry import OPS, Op, Shape, measure_parity
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -183,7 +186,11 @@ def build_parser() -> argparse.ArgumentParser:
     shapes = "; ".join(f"{name}: {', '.join(op.shapes)}" for name, op in OPS.items())
     parser.add_argument("--op", required=True, choices=OPS)
     parser.add_argument(
-        "--shape", action="append", metavar="NAME", help=f"repeatable (default: the 8K ones). {shapes}"
+        "--shape",
+        action="append",
+        metavar="NAME",
+        help=f"repeatable (default: the 8K ones, on a GPU those with a target). {shapes}; on a GPU also {{8b,0.5b}}-"
+        "BATCHxLENGTHk-sBLOCKS-{prefill,attention,training} and {8b,0.5b}-1xLENGTHk-s96-decode",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument(
@@ -200,10 +207,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     op = OPS[args.op]
-    names = args.shape or list(op.default_shapes)
+    cases = gpu_cases() if args.device == "cuda" and args.op == "infllm_v2" else {}
+    names = args.shape or list(GPU_DEFAULTS if cases else op.default_shapes)
     for name in names:
-        if name not in op.shapes:
-            parser.error(f"--shape {name} is not one of {', '.join(op.shapes)}")
+        if name not in op.shapes and name not in cases:
+            parser.error(f"--shape {name} is not one of {', '.join((*op.shapes, *cases))}")
     if args.repeats < 2:
         parser.error(f"--repeats must be at least 2, got {args.repeats}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -222,9 +230,18 @@ def main(argv: list[str] | None = None) -> int:
         "shapes": {},
     }
     print(", ".join(f"{key} {value}" for key, value in machine.items()) + f"; {args.dtype}, {args.repeats} repeats")
+    if set(names) & set(cases):
+        document.update(describe_gpu())
     for name in names:
         print(f"timing {name}", file=sys.stderr)
         try:
+            if name in cases:
+                document["shapes"][name] = measure_case(
+                    cases[name], getattr(torch, args.dtype), args.device, args.repeats, document["ceilings"]
+                )
+                print_case(cases[name], document["shapes"][name])
+                torch.cuda.empty_cache()
+                continue
             result = bench_shape(
                 op,
                 op.shapes[name],

@@ -1,12 +1,19 @@
 """InfLLM v2 block-sparse attention: `sparse_attention(q, k, v, ...)`; see README.md in this folder."""
 
+from dataclasses import replace
+
 import torch
 
 from minicpm4_hf.configuration_minicpm4 import complete_sparse_config
 from minicpm4_hf.kernels import resolve_backend
 from minicpm4_hf.kernels.infllm_v2.checks import check_tensors, refuse_unserved
+from minicpm4_hf.kernels.infllm_v2.gpu import attend_static, pool_static, run_best, run_triton, sparse_attention_packed
 from minicpm4_hf.sparse_attention import sparse_attention as _reference
 from minicpm4_hf.sparse_cache import REFERENCE_OPERATIONS, AttentionOperations
+
+_TRITON_OPERATIONS = replace(
+    REFERENCE_OPERATIONS, sparse=run_best, pool_static=pool_static, attend_static=attend_static
+)
 
 
 def sparse_attention(
@@ -52,7 +59,8 @@ def sparse_attention(
         scale: factor on q . k; `D ** -0.5` where None.
         kv_start: int32 `[B]`, first real key of each row (left padding); positions and blocks count from there.
         backend: "cpu" (native; float32, bfloat16 and float16, head sizes that are multiples of 16, no gradients),
-            "reference" (plain PyTorch, any device) or "auto". A named backend runs or raises.
+            "triton" (NVIDIA GPUs; head sizes up to 128 that are multiples of 16, gradients too), "reference" (plain
+            PyTorch, any device) or "auto". A named backend runs or raises.
 
     Returns:
         `out [B, HQ, TQ, D]` in `q`'s dtype, 0 for queries before their row's `kv_start`; and `block_indices`, int32
@@ -62,7 +70,6 @@ def sparse_attention(
     Raises:
         ValueError: shapes, dtypes, devices or settings that do not fit, or that the named backend does not serve.
         RuntimeError: the named backend is not installed.
-        NotImplementedError: a backend that this version does not have.
 
     Source: InfLLM-V2 (arXiv:2509.24663), MiniCPM4 (arXiv:2506.07900) section 2; infllmv2_cuda_impl at f908e73.
     """
@@ -80,6 +87,8 @@ def sparse_attention(
     if backend == "cpu":
         refuse_unserved(q, k, v)
     operation = model_operations(q, k, v).sparse if name == "cpu" else _reference
+    if name == "triton":
+        operation = run_triton if backend == "triton" else run_best
     return operation(q, k, v, **settings, lse_approx=lse_approx, scale=scale, kv_start=kv_start)
 
 
@@ -89,12 +98,15 @@ def operations_of(backend: str) -> AttentionOperations:
         from minicpm4_hf.kernels.cpu.attention import OPERATIONS
 
         return OPERATIONS
-    return REFERENCE_OPERATIONS
+    return _TRITON_OPERATIONS if backend == "triton" else REFERENCE_OPERATIONS
 
 
 def model_operations(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionOperations:
     """What runs attention over these tensors: the best backend for their device, dtype, head size and gradients."""
-    if resolve_backend(q.device.type)[0] == "cpu":
+    name, _ = resolve_backend(q.device.type)
+    if name == "triton":
+        return operations_of("triton")
+    if name == "cpu":
         from minicpm4_hf.kernels.cpu import attention
 
         if attention.unsupported_reason(q, k, v) is None:
@@ -102,4 +114,4 @@ def model_operations(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Atten
     return operations_of("reference")
 
 
-__all__ = ["sparse_attention"]
+__all__ = ["sparse_attention", "sparse_attention_packed"]

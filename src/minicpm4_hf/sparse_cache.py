@@ -201,12 +201,48 @@ class SparseLayer(DynamicLayer):
             self.compressed.to(self.device)
 
 
+class StaticSparseLayer(StaticLayer):
+    """Cache layer of fixed size for InfLLM v2, with room for both pooled-key streams; lengths stay on the device."""
+
+    def __init__(self, max_cache_len: int, **kwargs):
+        super().__init__(max_cache_len, **kwargs)
+        self.pooled: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.kv_start: torch.Tensor | None = None  # [B] int64, set by the pass that plans
+        self.is_planned = False
+
+    @classmethod
+    def adopt(cls, layer: StaticLayer) -> "StaticSparseLayer":
+        """A sparse layer in the place of a plain static one that holds nothing yet."""
+        adopted = cls(layer.max_cache_len)
+        adopted.__dict__.update(layer.__dict__)
+        return adopted
+
+    def reset(self) -> None:
+        super().reset()
+        self.kv_start, self.is_planned = None, False
+
+    def get_pooled(self, kernel_size: int, kernel_stride: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both streams, `[B, H, N, D]` with N as many windows as the layer has room for."""
+        if self.pooled is None:
+            counts = (count_pooled(self.max_cache_len, f * kernel_size, f * kernel_stride) for f in (1, COARSE))
+            self.pooled = tuple(self.keys.new_zeros(*self.keys.shape[:2], n, self.keys.shape[3]) for n in counts)
+            for stream in self.pooled:
+                torch._dynamo.mark_static_address(stream)  # as transformers does with the keys: for CUDA graphs
+        return self.pooled
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        for stream in self.pooled or ():
+            stream.copy_(stream.index_select(0, beam_idx.to(stream.device)))
+
+
 @dataclass
 class SparsePlan:
     """What one forward pass has to know to run sparse; None instead of a plan means: dense."""
 
     settings: dict  # the full `sparse_config`
     kv_start: torch.Tensor | None  # [B] int64, first real key of each row; None where every row begins at 0
+    num_keys: int | None = None  # keys in a static cache, the new ones included; None for a step that must not know
 
 
 def _first_keys(attention_mask: torch.Tensor | None, num_keys: int) -> torch.Tensor | None:
@@ -231,8 +267,10 @@ def _first_keys(attention_mask: torch.Tensor | None, num_keys: int) -> torch.Ten
     return first
 
 
-def use_sparse_layers(cache: Cache, dense_len: int) -> None:
+def use_sparse_layers(cache: Cache, dense_len: int, device_type: str, use_nope: bool) -> None:
     """Replace a cache's plain layers by sparse ones, in place and with their contents.
+
+    A static layer that ends below `dense_len` stays; a longer one is replaced while it is empty, on a GPU.
 
     Raises:
         ValueError: the cache has layers that cannot hold pooled keys.
@@ -240,10 +278,13 @@ def use_sparse_layers(cache: Cache, dense_len: int) -> None:
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = SparseLayer
     for i, layer in enumerate(cache.layers):
-        if isinstance(layer, SparseLayer):
+        if isinstance(layer, SparseLayer | StaticSparseLayer):
             continue
+        fits = type(layer) is StaticLayer and device_type in STATIC_DEVICES and not use_nope
         if type(layer) is DynamicLayer:
             cache.layers[i] = SparseLayer.adopt(layer)
+        elif fits and layer.get_max_length() >= dense_len and not layer.is_initialized:
+            cache.layers[i] = StaticSparseLayer.adopt(layer)
         elif not (isinstance(layer, StaticLayer) and layer.get_max_length() < dense_len):
             raise ValueError(
                 f"Sparse attention keeps pooled keys, which a cache with {type(layer).__name__} has no place for; use "
@@ -271,8 +312,11 @@ def plan_sparse_attention(
     if settings is None:
         return None
     if past_key_values is not None:
-        use_sparse_layers(past_key_values, settings["dense_len"])
-        if past_key_values.layers and isinstance(past_key_values.layers[0], StaticLayer):
+        use_sparse_layers(past_key_values, settings["dense_len"], inputs_embeds.device.type, settings["use_nope"])
+        first_layer = past_key_values.layers[0] if past_key_values.layers else None
+        if isinstance(first_layer, StaticSparseLayer):
+            return _plan_static(settings, attention_mask, inputs_embeds.shape[1], first_layer)
+        if isinstance(first_layer, StaticLayer):
             return None  # it ends below `dense_len`; its length is a tensor, which a compiled step must not read
     past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
     num_keys = int(past_length) + inputs_embeds.shape[1]
@@ -290,6 +334,19 @@ def plan_sparse_attention(
             "sequences); pass each sequence as a row of its own with left padding and an `attention_mask`."
         )
     return SparsePlan(settings, kv_start)
+
+
+def _plan_static(settings, attention_mask, num_new: int, layer: StaticSparseLayer) -> SparsePlan:
+    """The plan for a static cache; a step of few tokens reads no length and no mask, so that it can be compiled."""
+    if layer.is_planned and num_new <= STATIC_STEP:
+        return SparsePlan(settings, layer.kv_start)
+    num_keys = int(layer.get_seq_length()) + num_new
+    if attention_mask is not None and attention_mask.dim() == 4:  # generation makes one: its last query sees all
+        last = attention_mask[:, 0, -1, :num_keys]
+        attention_mask = last if last.dtype == torch.bool else last == 0
+    layer.is_planned = True
+    layer.kv_start = _first_keys(None if attention_mask is None else attention_mask[:, :num_keys], num_keys)
+    return SparsePlan(settings, layer.kv_start, num_keys)
 
 
 def _dense_rows(q, k, v, *, scale: float, kv_start: torch.Tensor | None) -> torch.Tensor:
@@ -317,17 +374,43 @@ class AttentionOperations:
         sparse: `sparse_attention`.
         dense: `(q, k, v, *, scale, kv_start) -> out`, causal attention of the last TQ of TK positions.
         pool_keys: `pool_keys`.
+        pool_static: `(k, pooled, num_new, *, kernel_size, kernel_stride, kv_start, kv_end)`, adds the windows that the
+            newest keys complete to buffers of fixed size; None where a static cache is not served.
+        attend_static: `(q, k, v, pooled, settings, *, scale, kv_start, kv_end) -> out`, a decoding step in them.
     """
 
     sparse: Callable
     dense: Callable
     pool_keys: Callable
+    pool_static: Callable | None = None
+    attend_static: Callable | None = None
+
+
+def _pool_static(operations, layer: StaticSparseLayer, key, num_new: int, plan: SparsePlan):
+    """Bring a static layer's pooled keys up to date and return them.
+
+    Raises:
+        ValueError: nothing here serves a static cache.
+    """
+    if operations.pool_static is None:
+        raise ValueError(
+            "Sparse attention in a static cache needs the Triton kernels (`minicpm4-hf[gpu]`, MINICPM4_TRITON=1); use "
+            "the default cache (`cache_implementation='dynamic'`)."
+        )
+    size, stride = plan.settings["kernel_size"], plan.settings["kernel_stride"]
+    pooled = layer.get_pooled(size, stride)
+    ends = layer.cumulative_length.expand(key.shape[0]).contiguous()
+    rows = {"kv_start": plan.kv_start, "kv_end": ends}
+    operations.pool_static(key, pooled, num_new, kernel_size=size, kernel_stride=stride, **rows)
+    return pooled
 
 
 REFERENCE_OPERATIONS = AttentionOperations(sparse_attention, _dense_rows, pool_keys)
 # The keys of `sparse_config` that `sparse_attention` takes.
 _OPERATION_SETTINGS = ("kernel_size", "kernel_stride", "block_size", "init_blocks", "window_size", "topk")
 _ALL_ROWS = slice(None)
+STATIC_DEVICES = ("cuda",)  # where a static cache can be sparse
+STATIC_STEP = 8  # new tokens that a step in a static cache takes at a time without reading its length
 
 
 def infllm_v2_attention_forward(
@@ -362,12 +445,20 @@ def infllm_v2_attention_forward(
         raise ValueError(f"`attention_dropout` must be 0 with sparse attention, got {dropout}.")
     operations = operations or REFERENCE_OPERATIONS
     settings, kv_start = sparse_plan.settings, sparse_plan.kv_start
+    static = isinstance(cache_layer, StaticSparseLayer)
+    if static:
+        pooled = _pool_static(operations, cache_layer, key, query.shape[2], sparse_plan)
+        if sparse_plan.num_keys is None:
+            ends = cache_layer.cumulative_length.expand(query.shape[0]).contiguous()
+            options = {"scale": scaling, "kv_start": kv_start, "kv_end": ends}
+            return operations.attend_static(query, key, value, pooled, settings, **options).transpose(1, 2), None
+        key, value = (tensor[:, :, : sparse_plan.num_keys] for tensor in (key, value))
     num_queries, num_keys = query.shape[2], key.shape[2]
     starts = [0] if kv_start is None else kv_start.tolist()
     num_dense = [min(max(settings["dense_len"] - 1 + s - (num_keys - num_queries), 0), num_queries) for s in starts]
 
-    compressed, q_select = None, None
-    if min(num_dense) < num_queries:
+    compressed, q_select = pooled if static else None, None
+    if min(num_dense) < num_queries and not static:
         pooled = cache_layer.compressed if cache_layer is not None else CompressedKeys()
         source = key
         if settings["use_nope"]:

@@ -218,13 +218,6 @@ def test_bad_arguments_are_named(change, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("backend", ["triton"])
-def test_a_named_backend_never_falls_back(backend):
-    q, k, v = make_inputs(1, 8, 1, 1, 16)
-    with pytest.raises(NotImplementedError, match=backend):
-        sparse_attention(q, k, v, backend=backend)
-
-
 MEMORY_SCRIPT = """
 import resource, torch
 from minicpm4_hf.kernels.infllm_v2 import sparse_attention

@@ -4,6 +4,7 @@ Nothing heavy is imported here; a kernel's module is loaded at its first call.
 """
 
 import os
+from importlib.util import find_spec
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -13,9 +14,9 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from minicpm4_hf.sparse_cache import infllm_v2_attention_forward as _reference_forward
 
 # What can run InfLLM v2 in this version, and the device types it serves (None: all).
-BACKENDS = {"reference": None, "cpu": ("cpu",)}
-# Names that are reserved for kernels to come: asking for one is an honest error, not a silent fallback.
-_RESERVED = ("triton",)
+BACKENDS = {"reference": None, "cpu": ("cpu",), "triton": ("cuda",)}
+# Compiled for GPUs and run in Triton's interpreter, but on no GPU so far: "auto" takes them only when told to.
+_triton_enabled = os.environ.get("MINICPM4_TRITON") == "1"
 
 
 def resolve_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
@@ -29,20 +30,21 @@ def resolve_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
         Its name and the reason in words.
 
     Raises:
-        NotImplementedError: the named backend is not part of this version.
         RuntimeError: the named backend is not installed, or cannot run on this machine.
         ValueError: no such backend, or it does not serve this kind of device.
     """
-    if backend in _RESERVED:
-        raise NotImplementedError(
-            f"`backend={backend!r}` is not part of this version; use 'auto' or {', '.join(map(repr, BACKENDS))}."
-        )
     if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"`backend` must be 'auto', {', '.join(map(repr, (*BACKENDS, *_RESERVED)))}, got {backend!r}."
-        )
+        raise ValueError(f"`backend` must be 'auto', {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
     if backend == "reference":
         return backend, "asked for by name"
+    if backend == "triton" or (backend == "auto" and device_type == "cuda" and _triton_enabled):
+        if find_spec("triton") is not None:
+            return "triton", "Triton kernels"
+        if backend == "triton":
+            raise RuntimeError("`backend='triton'` cannot run: Triton is missing (`pip install minicpm4-hf[gpu]`).")
+        return "reference", "plain PyTorch; `pip install minicpm4-hf[gpu]` brings the Triton kernels"
+    if device_type == "cuda" and backend == "auto":
+        return "reference", "plain PyTorch; the Triton kernels, not yet run on a GPU, need MINICPM4_TRITON=1"
     if device_type != "cpu":
         if backend == "cpu":
             raise ValueError(
