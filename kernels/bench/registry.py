@@ -135,14 +135,18 @@ def backends_on(device_type: str) -> list[str]:
 
 
 def call_infllm_v2(shape: Shape, backend: str) -> Callable:
-    """`sparse_attention` at the shape's own budget; the output without the selected blocks."""
+    """`sparse_attention` at the shape's own budget; the output without the selected blocks.
+
+    With pooled keys that a cache kept it is the operation as the model calls it, without the public one's checks.
+    """
+    settings = complete_sparse_config(shape.budget)
+    budget = {name: settings[name] for name in settings if name not in ("use_nope", "dense_len")}
+    operation = operations_of(backend).sparse
 
     def call(q, k, v, kept=None):
         if kept is None:
             return sparse_attention(q, k, v, **shape.budget, backend=backend)[0]
-        settings = complete_sparse_config(shape.budget)
-        budget = {name: settings[name] for name in settings if name not in ("use_nope", "dense_len")}
-        return operations_of(backend).sparse(q, k, v, **budget, compressed=kept)[0]
+        return operation(q, k, v, **budget, compressed=kept)[0]
 
     return call
 
@@ -164,8 +168,11 @@ def keep_pooled_keys(shape: Shape, backend: str, k: torch.Tensor):
 
 
 def call_dense(shape: Shape, backend: str) -> Callable:
-    """Our dense attention."""
-    return lambda q, k, v, kept=None: dense_attention(q, k, v, backend=backend)
+    """Our dense attention; for one token as the model calls it, without the public operation's checks."""
+    if shape.num_queries > 1 or backend == "reference":
+        return lambda q, k, v, kept=None: dense_attention(q, k, v, backend=backend)
+    operation, scale = operations_of(backend).dense, shape.head_dim**-0.5
+    return lambda q, k, v, kept=None: operation(q, k, v, scale=scale, kv_start=None)
 
 
 def _sparse_settings(shape: Shape) -> dict:
