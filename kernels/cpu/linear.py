@@ -51,10 +51,12 @@ def linear(
     """
     features = x.shape[-1]
     rows = x.reshape(-1, features)
-    if rows.shape[0] > MAX_ROWS:
-        return _many_rows(rows, weights, gate, norm, residual, rope).view(*x.shape[:-1], -1)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
+    if residual is not None:
+        residual = residual[0].reshape(rows.shape[0], -1).contiguous(), residual[1]
+    if rows.shape[0] > MAX_ROWS:
+        return _many_rows(rows, weights, gate, norm, residual, rope).view(*x.shape[:-1], -1)
     sizes = [weight.shape[0] for weight in weights]
     out = x.new_empty(*x.shape[:-1], sum(sizes))
     missing = (0,) * (3 - len(weights))
@@ -63,8 +65,6 @@ def linear(
     if rope is not None:
         cosine, sine = _rope_tables(rope)
         rotation = (cosine.data_ptr(), sine.data_ptr(), cosine.shape[0], rope[2], cosine.shape[1])
-    if residual is not None:
-        earlier = residual[0].reshape(-1, out.shape[-1])
     arguments = LINEAR_ARGS.pack(
         rows.data_ptr(),
         out.data_ptr(),
@@ -80,7 +80,7 @@ def linear(
         out.shape[-1],
         torch.get_num_threads(),
         *((0, 0.0) if norm is None else (norm[0].data_ptr(), norm[1])),
-        *((0, 0, 0.0) if residual is None else (earlier.data_ptr(), earlier.stride(0), residual[1])),
+        *((0, 0, 0.0) if residual is None else (residual[0].data_ptr(), residual[0].stride(0), residual[1])),
         *rotation,
     )
     check_result(load_library().mc_linear(arguments))
@@ -107,7 +107,7 @@ def _many_rows(x, weights, gate, norm, residual, rope) -> torch.Tensor:
     if gate is not None:
         out = _rowwise(_GATE, x @ gate.mT, out, out)
     if residual is not None:
-        out = _rowwise(_ADD, residual[0].reshape(out.shape), out, out, number=residual[1])
+        out = _rowwise(_ADD, residual[0], out, out, number=residual[1])
     if rope is not None:
         cosine, sine = _rope_tables(rope)
         rotation = (cosine.data_ptr(), sine.data_ptr(), cosine.shape[0], cosine.shape[1])

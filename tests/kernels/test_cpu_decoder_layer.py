@@ -81,7 +81,11 @@ def test_each_fusion_is_the_operators_one_after_another(rows, features):
     close(linear(x, weights[0], norm=(norm, 1e-5)), normed @ weights[0].mT)
     gate = (torch.randn(96, features) / 8).bfloat16()
     close(linear(x, weights[0], gate=gate), nn.functional.silu(x @ gate.mT) * (x @ weights[0].mT))
-    close(linear(x, weights[0], residual=(residual, 0.3)), residual + (x @ weights[0].mT) * 0.3)
+    added = residual + (x @ weights[0].mT) * 0.3
+    close(linear(x, weights[0], residual=(residual, 0.3)), added)
+    strided = residual.mT.contiguous().mT, x.mT.contiguous().mT  # as embeddings from elsewhere may come
+    close(linear(strided[1], weights[0], residual=(strided[0], 0.3)), added)
+    close(linear(strided[1], weights[0], norm=(norm, 1e-5)), normed @ weights[0].mT)
     cos, sin = torch.randn(2, rows, 32)
     projected = torch.cat([x @ weight.mT for weight in weights], -1).view(rows, -1, 32)
     heads = projected[:, :4].float()

@@ -97,10 +97,16 @@ static void attend_runs(E &engine, const Tile &tile, const Runs &runs, int64_t b
                 fetch(next);
         }
         next = wanted_from(next + 1);
-        for (int64_t g = 0; g < engine.num_groups; g++) {
-            if (!(engine.queries_of(g) & mask)) continue;
+        auto process = [&](int64_t g) {
             engine.process(g, keys, k_stride, values, v_stride, first, (int)count, mask, next_k, next_v);
             next_k = nullptr;
+        };
+        if constexpr (E::kGroupIsQuery) {  // only a few queries of a tile want a far block
+            const uint64_t all = ~0ull >> (64 - engine.num_groups);
+            for (uint64_t wanted = mask & all; wanted; wanted &= wanted - 1) process(__builtin_ctzll(wanted));
+        } else {
+            for (int64_t g = 0; g < engine.num_groups; g++)
+                if (engine.queries_of(g) & mask) process(g);
         }
     }
 }

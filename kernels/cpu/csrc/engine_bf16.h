@@ -13,6 +13,7 @@ struct EngineBf16 {
     static constexpr int UNIT = P == 16 ? 32 : 16;
     static constexpr bool kConverts = false;
     static constexpr bool kAsksAhead = true;
+    static constexpr bool kGroupIsQuery = true;
     static constexpr int VECTORS = UNIT / P;         // of scores of UNIT keys
     static constexpr int HEADS = GP < 8 ? GP : 8;    // heads of one pass over the values
     static constexpr int CHUNKS = 8 / HEADS < 4 ? 8 / HEADS : 4;  // times 32 dimensions
@@ -53,8 +54,6 @@ struct EngineBf16 {
         }
         __builtin_memset(o, 0, num_groups * GP * dim32 * 4);
     }
-
-    uint64_t queries_of(int64_t g) const { return 1ull << g; }
 
     MC_INLINE __m512bh broadcast_key(const char *p) {
         if (P == 1) return (__m512bh)_mm512_set1_epi32(*(const int __attribute__((may_alias, aligned(2))) *)p);

@@ -22,6 +22,7 @@ struct EngineFp32 {
     static constexpr int UNIT = W >= 16 ? 16 : 8;  // keys whose scores are summed at a time
     static constexpr bool kConverts = sizeof(T) != 4;
     static constexpr bool kAsksAhead = false;
+    static constexpr bool kGroupIsQuery = false;
     int dim, group;
     float factor;  // scale * log2(e)
     TileShape tile;
