@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,10 +50,13 @@ class BuildNative(build_ext):
         extra = os.environ.get("MINICPM4_CXXFLAGS", "").split()
 
         def compile_object(name, source_name, flags):
+            command = [compiler, *flags, "-c", str(source / source_name), "-o", str(build / f"{name}.o")]
             try:
-                self.spawn([compiler, *flags, "-c", str(source / source_name), "-o", str(build / f"{name}.o")])
-            except Exception as error:  # distutils' and setuptools' error classes differ by version
-                print(f"warning: {name} did not compile: {error}", file=sys.stderr)
+                failed = subprocess.run(command).returncode
+            except OSError as error:
+                failed = error
+            if failed:
+                print(f"warning: {name} did not compile ({failed}): {' '.join(command)}", file=sys.stderr)
                 return None
             return name
 
@@ -95,7 +99,7 @@ setup(
     packages=[*find_packages("src"), *filter(None, package_dir)],
     package_dir=package_dir,
     package_data={
-        "": ["py.typed", "*.cpp", "*.h", "*.inl", "*.jsonl", "*.jinja"],
+        "": ["py.typed", "*.jsonl", "*.jinja"],
         "minicpm4_hf": ["assets/*.txt", "assets/*.md", "checkpoints/*/*"],
     },
     ext_modules=[Extension("minicpm4_hf.kernels.cpu._native", sources=[], optional=True)],

@@ -80,7 +80,7 @@ def speed_table(document: dict) -> str:
     for measure, title in (("prompt", "prompt, tokens/s"), ("decode", "decode at depth, tokens/s")):
         for tokens in sorted({row["tokens"] for row in document[measure]}):
             rate = {r["contestant"]: r["tokens_per_s"] for r in document[measure] if r["tokens"] == tokens}
-            rates = [f"{rate[name]:,.1f}" if name in rate else "" for name in names]
+            rates = [f"{rate[name]:,.{1 if rate[name] >= 10 else 2}f}" if name in rate else "" for name in names]
             ratios = [f"{rate['ours-sparse'] / rate[name]:.2f}x" if name in rate else "" for name in others]
             lines.append(f"| {title} | {tokens:,} | " + " | ".join(rates + ratios) + " |")
     return "\n".join(lines)
@@ -104,7 +104,7 @@ def render(root: Path) -> str:
                     "Whole models of the 0.5B shape (Qwen3: its own 0.6B), random weights, bfloat16; llama.cpp: F16, "
                     "flash attention:"
                     if path == SPEED[0]
-                    else "At the length where llama.cpp would need hours to get to:",
+                    else "To the length that llama.cpp would need hours to reach:",
                     speed_table(json.loads((root / path).read_text(encoding="utf-8"))),
                 )
             ),

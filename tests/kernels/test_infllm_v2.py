@@ -15,6 +15,7 @@ from definitions import (
     rounding,
 )
 
+from minicpm4_hf import kernels
 from minicpm4_hf.kernels.cpu import why_missing
 from minicpm4_hf.kernels.infllm_v2 import sparse_attention
 from minicpm4_hf.sparse_attention import count_pooled, pool_keys
@@ -219,17 +220,31 @@ def test_bad_arguments_are_named(change, words):
 
 
 MEMORY_SCRIPT = """
-import resource, torch
+import resource, sys, torch
 from minicpm4_hf.kernels.infllm_v2 import sparse_attention
 q, k, v = (torch.randn(1, heads, 32768, 64) for heads in (16, 2, 2))
 sparse_attention(q[:, :, :256], k[:, :, :256], v[:, :, :256])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-out, blocks = sparse_attention(q, k, v, topk=8, window_size=512)
+out, blocks = sparse_attention(q, k, v, topk=8, window_size=512, backend=sys.argv[1])
 assert out.isfinite().all() and blocks.shape == (1, 2, 32768, 16)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 """
 
 
-def test_memory_at_32k_with_the_heads_of_the_half_billion_model():
-    result = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)
+@BACKENDS
+def test_memory_at_32k_with_the_heads_of_the_half_billion_model(backend):
+    result = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT, backend], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 1.0  # GiB beyond the inputs
+
+
+def test_triton_is_never_replaced_silently(monkeypatch):
+    q, k, v = (torch.zeros(1, 1, 8, 16) for _ in range(3))
+    with pytest.raises((ValueError, RuntimeError), match=r"Triton|CUDA") as error:
+        sparse_attention(q, k, v, backend="triton")
+    assert "\n" not in str(error.value)
+    # on a GPU "auto" takes it only when told to
+    monkeypatch.setattr(kernels, "_triton_enabled", False)
+    assert kernels.resolve_backend("cuda")[0] == "reference"
+    assert "MINICPM4_TRITON=1" in kernels.resolve_backend("cuda")[1]
+    with pytest.raises(ValueError, match="takes tensors on the CPU, got cuda"):
+        kernels.resolve_backend("cuda", "cpu")

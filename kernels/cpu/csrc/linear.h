@@ -152,10 +152,11 @@ static int run_linear(const mc_linear_args &a) {
                         store(products[m] + n, round_bf16(load(products[m] + n)) *
                                                    round_bf16(silu(round_bf16(load(gates[m] + n)))));
                 bf16 *to = (bf16 *)a.out + m * a.out_stride + column + begin;
-                const bf16 *residual = (const bf16 *)a.residual + m * a.residual_stride + column + begin;
+                const bf16 *residual = nullptr;
+                if (a.residual) residual = (const bf16 *)a.residual + m * a.residual_stride + column + begin;
                 for (int64_t n = 0; n < count; n++) {
                     float y = products[m][n];
-                    if (a.residual) y = to_float(residual[n]) + round_bf16(round_bf16(y) * (float)a.residual_scale);
+                    if (residual) y = to_float(residual[n]) + round_bf16(round_bf16(y) * (float)a.residual_scale);
                     from_float(y, to[n]);
                 }
             }
