@@ -106,6 +106,7 @@ def sparse_attention_op(
         window_size,
         topk,
         lse_approx,
+        *NO_TENSOR * 2,
     )
     check_result(load_library().mc_attention(arguments))
     return out, blocks
@@ -126,6 +127,7 @@ def dense_attention_op(q, k, v, kv_start, scale, sliding_window):
         sliding_window,
         *NO_TENSOR * 4,
         *(0,) * 7,
+        *NO_TENSOR * 2,
     )
     check_result(load_library().mc_attention(arguments))
     return out

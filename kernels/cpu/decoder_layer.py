@@ -1,18 +1,36 @@
-"""A decoder layer as four calls around the attention, and a linear layer at few tokens.
+"""A decoder layer in one native call, or a few around the attention, and a linear layer at few tokens.
 
 At one token a layer is bound by reading its weights, and what PyTorch does between the products (norms, rotation,
 activation, residual sums) costs as much time as the reading of a small layer. Here each product takes its neighbours
 along. In a prompt, PyTorch's matrix products stay, and each of the others is one pass over memory.
 """
 
+from itertools import repeat
+from operator import itemgetter
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from minicpm4_hf.kernels.cpu.linear import linear, serves
+from minicpm4_hf.kernels.cpu.library import (
+    ATTENTION_ARGS,
+    DTYPES,
+    LINEAR_CALL,
+    NO_TENSOR,
+    check_result,
+    load_library,
+    tensor_fields,
+)
+from minicpm4_hf.kernels.cpu.linear import MAX_ROWS, linear, pack_layer, rope_tables, serves
+from minicpm4_hf.sparse_cache import GrowingLayer
 
 _SILU = type(ACT2FN["silu"])
+_WEIGHT, _FORWARDS = itemgetter("weight"), repeat("forward")
+_SPARSE_SETTINGS = ("kernel_size", "kernel_stride", "block_size", "init_blocks", "window_size", "topk")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -25,6 +43,7 @@ def _is_plain_linear(module: nn.Module) -> bool:
         type(module) is nn.Linear
         and module.bias is None
         and module.weight.dtype == torch.bfloat16
+        and module.weight.device.type == "cpu"
         and module.weight.is_contiguous()
         and _is_plain(module)
     )
@@ -41,55 +60,250 @@ def fused_linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     return linear(x, module.weight)
 
 
+class LayerPlan:
+    """A decoder layer of plain bfloat16 modules as the native code takes it; good while `still_holds`.
+
+    At one token, looking at a layer's modules anew costs as much as some of their products; this remembers what it
+    saw, and afterwards compares identities and addresses only.
+    """
+
+    def __init__(self, layer):
+        attention, mlp = layer.self_attn, layer.mlp
+        owners = [attention] * 4 + [mlp] * 3
+        linears = [getattr(owner, name) for owner, name in zip(owners, _PROJECTIONS)]
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        leaves = [*linears, *norms]
+        owned = {layer: ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")}
+        owned |= {attention: _PROJECTIONS[:4], mlp: (*_PROJECTIONS[4:], "act_fn")}
+        self.children = [(itemgetter(*names), owner._modules) for owner, names in owned.items()]
+        modules = (attention, mlp, *leaves)
+        self.modules, self.types = modules, [type(module) for module in modules]
+        self.attributes = [module.__dict__ for module in modules]
+        self.hooks = [h for module in modules for h in (module._forward_hooks, module._forward_pre_hooks)]
+        self.parameters = [module._parameters for module in leaves]
+        self.weights = [module.weight for module in leaves]
+        self.seen = self._look()
+        self.norms = [(norm.weight, norm.variance_epsilon) for norm in norms]
+        self.head_dim = attention.head_dim
+        self.num_heads, self.num_key_heads = (p.out_features // self.head_dim for p in linears[:2])
+        self.middle_features = mlp.gate_proj.out_features
+        self.scale = layer.residual_scale
+        q, k, v, o, gate, up, down = self.weights[:7]
+        rope = (self.num_heads + self.num_key_heads, self.head_dim)
+        self.projection = pack_layer(q, k, v, norm=self.norms[0], rope=rope)
+        self.rest = (
+            pack_layer(o, residual_scale=self.scale),
+            pack_layer(up, gate=gate, norm=self.norms[1]),
+            pack_layer(down, residual_scale=self.scale),
+        )
+
+    @staticmethod
+    def serves(layer) -> bool:
+        """Whether the layer is plain: no adapter, no quantised or hooked module, SiLU."""
+        attention, mlp = layer.self_attn, layer.mlp
+        return (
+            _is_plain(attention)
+            and _is_plain(mlp)
+            and type(mlp).forward is LlamaMLP.forward
+            and type(mlp.act_fn) is _SILU
+            and all(_is_plain_linear(getattr(attention, name)) for name in _PROJECTIONS[:4])
+            and all(_is_plain_linear(getattr(mlp, name)) for name in _PROJECTIONS[4:])
+            and _is_plain_norm(layer.input_layernorm)
+            and _is_plain_norm(layer.post_attention_layernorm)
+            and LayerPlan._fits(layer)
+        )
+
+    @staticmethod
+    def _fits(layer) -> bool:
+        """Whether the shapes fit together, which native code does not ask."""
+        q, k, v, o = (getattr(layer.self_attn, name).weight.shape for name in _PROJECTIONS[:4])
+        gate, up, down = (getattr(layer.mlp, name).weight.shape for name in _PROJECTIONS[4:])
+        size, dim = layer.input_layernorm.weight.numel(), layer.self_attn.head_dim
+        return (
+            layer.post_attention_layernorm.weight.numel() == size == q[1] == gate[1]
+            and k == v
+            and k[1] == size
+            and o == (size, q[0])
+            and up == gate
+            and down == (size, gate[0])
+            and q[0] % k[0] == 0
+            and k[0] % dim == 0
+        )
+
+    def _look(self) -> tuple:
+        return (
+            [get(modules) for get, modules in self.children],
+            list(map(id, map(_WEIGHT, self.parameters))),
+            list(map(torch.Tensor.data_ptr, self.weights)),
+            list(map(torch.Tensor.stride, self.weights)),
+        )
+
+    def still_holds(self) -> bool:
+        """Whether the layer has the modules, hooks and weights that it had."""
+        return (
+            not any(self.hooks)
+            and list(map(type, self.modules)) == self.types
+            and not any(map(dict.__contains__, self.attributes, _FORWARDS))
+            and self._look() == self.seen
+        )
+
+
+_plans: WeakKeyDictionary[nn.Module, LayerPlan] = WeakKeyDictionary()
+
+
+def _plan_of(layer) -> LayerPlan | None:
+    plan = _plans.get(layer)
+    if plan is None or not plan.still_holds():
+        if not LayerPlan.serves(layer):
+            return None
+        plan = _plans[layer] = LayerPlan(layer)
+    return plan
+
+
 def fused_decoder_layer(layer, hidden_states: torch.Tensor, *, position_embeddings, **kwargs) -> torch.Tensor | None:
     """What `MiniCPM4DecoderLayer.forward` returns, or None where this does not serve the call.
 
     It serves plain bfloat16 layers (no adapter, no quantised or hooked module, SiLU) on the CPU without gradients.
     """
-    attention, mlp = layer.self_attn, layer.mlp
-    if (
-        not serves(hidden_states, attention.q_proj.weight, max_rows=None)
-        or not all(
-            map(
-                _is_plain_linear,
-                (
-                    attention.q_proj,
-                    attention.k_proj,
-                    attention.v_proj,
-                    attention.o_proj,
-                    mlp.gate_proj,
-                    mlp.up_proj,
-                    mlp.down_proj,
-                ),
-            )
-        )
-        or not (_is_plain_norm(layer.input_layernorm) and _is_plain_norm(layer.post_attention_layernorm))
-        or not (_is_plain(attention) and _is_plain(mlp) and type(mlp).forward is LlamaMLP.forward)
-        or type(mlp.act_fn) is not _SILU
-        or attention.needs_unrotated
-    ):
+    if hidden_states.dtype != torch.bfloat16 or hidden_states.device.type != "cpu" or not hidden_states.numel():
         return None
-    shape = hidden_states.shape[:-1]
-    num_rotated = (attention.q_proj.out_features + attention.k_proj.out_features) // attention.head_dim
-    projected = linear(
-        hidden_states,
-        attention.q_proj.weight,
-        attention.k_proj.weight,
-        attention.v_proj.weight,
-        norm=(layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon),
-        rope=(*position_embeddings, num_rotated),
+    attention, plan = layer.self_attn, _plan_of(layer)
+    if plan is None or attention.needs_unrotated:
+        return None
+    if torch.is_grad_enabled() and (hidden_states.requires_grad or any(w.requires_grad for w in plan.weights)):
+        return None
+    run = _few_rows if hidden_states.numel() <= MAX_ROWS * hidden_states.shape[-1] else _many_rows
+    return run(plan, attention, hidden_states, position_embeddings, kwargs)
+
+
+def _attend(plan: LayerPlan, attention, projected: torch.Tensor, kwargs: dict) -> torch.Tensor:
+    """Attention over `[B, T, (HQ + 2 H) D]`, rotated: `[B, T, HQ * D]`."""
+    heads = projected.view(*projected.shape[:-1], -1, plan.head_dim).transpose(1, 2)
+    query, key, value = heads.split((plan.num_heads, plan.num_key_heads, plan.num_key_heads), 1)
+    return attention.attend(query, key, value, **kwargs)[0]
+
+
+def _many_rows(plan: LayerPlan, attention, hidden_states, position_embeddings, kwargs) -> torch.Tensor:
+    q, k, v, o, gate, up, down = plan.weights[:7]
+    rope = (*position_embeddings, plan.num_heads + plan.num_key_heads)
+    projected = linear(hidden_states, q, k, v, norm=plan.norms[0], rope=rope)
+    attended = _attend(plan, attention, projected, kwargs)
+    hidden_states = linear(attended, o, residual=(hidden_states, plan.scale))
+    gated = linear(hidden_states, up, gate=gate, norm=plan.norms[1])
+    return linear(gated, down, residual=(hidden_states, plan.scale))
+
+
+def _few_rows(plan: LayerPlan, attention, hidden_states, position_embeddings, kwargs) -> torch.Tensor:
+    """`_many_rows` as one native call, or as two around an attention that it does not serve."""
+    x, library, threads = hidden_states.contiguous(), load_library(), torch.get_num_threads()
+    *shape, size = x.shape
+    rows, hidden_features, middle_features = x.numel() // size, plan.num_heads * plan.head_dim, plan.middle_features
+    cosine, sine = rope_tables(position_embeddings)
+    projected = x.new_empty(*shape, hidden_features + 2 * plan.num_key_heads * plan.head_dim)
+    middle, gated, out = x.new_empty(rows, size), x.new_empty(rows, middle_features), x.new_empty(*shape, size)
+    from_x, at_middle, at_gated = x.data_ptr(), middle.data_ptr(), gated.data_ptr()
+    o, up, down = plan.rest
+
+    tables = cosine.data_ptr(), sine.data_ptr(), cosine.shape[0]
+    project = LINEAR_CALL.pack(from_x, projected.data_ptr(), 0, *tables, rows, size, 0, threads) + plan.projection
+    attended = x.new_empty(*shape, hidden_features)
+    attend, keep = _pack_attention(plan, attention, projected, attended, threads, **kwargs)
+    if attend is None:
+        check_result(library.mc_linear(project, 1))
+        attended = _attend(plan, attention, projected, kwargs)
+    rest = (
+        LINEAR_CALL.pack(attended.data_ptr(), at_middle, from_x, 0, 0, 0, rows, hidden_features, size, threads),
+        o,
+        LINEAR_CALL.pack(at_middle, at_gated, 0, 0, 0, 0, rows, size, 0, threads),
+        up,
+        LINEAR_CALL.pack(at_gated, out.data_ptr(), at_middle, 0, 0, 0, rows, middle_features, size, threads),
+        down,
     )
-    heads = projected.view(*shape, -1, attention.head_dim).transpose(1, 2)  # [B, HQ + 2 H, T, D]
-    num_heads = num_rotated - (heads.shape[1] - num_rotated)
-    attended, _ = attention.attend(
-        heads[:, :num_heads], heads[:, num_heads:num_rotated], heads[:, num_rotated:], **kwargs
+    if attend is None:
+        check_result(library.mc_linear(b"".join(rest), 3))
+    else:
+        check_result(library.mc_layer(b"".join((project, attend, *rest))))
+    del keep  # the memory that only addresses in `attend` pointed to
+    return out
+
+
+def _pack_attention(
+    plan: LayerPlan,
+    attention,
+    projected: torch.Tensor,
+    attended: torch.Tensor,
+    threads: int,
+    attention_mask=None,
+    past_key_values=None,
+    sparse_plan=None,
+    **kwargs,
+) -> tuple[bytes | None, tuple]:
+    """`attention.attend` over `projected [B, T, (HQ + 2 H) D]` for `mc_layer`, and what must outlive that call.
+
+    The new keys' place in the cache is taken; the call fills it. (None, ()) where `attend` has to do it: rows with
+    padding, another attention or cache, tokens of which some are sparse and some dense, or that complete a window of
+    pooled keys.
+    """
+    cache, index = past_key_values, attention.layer_idx
+    if attention_mask is not None or cache is None or type(cache).update is not Cache.update or cache.offloading:
+        return None, ()
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    if not isinstance(layer, GrowingLayer) or (attention.training and attention.attention_dropout):
+        return None, ()
+    batch, num_new, features = projected.shape
+    num_keys = layer.get_seq_length() + num_new
+    settings, keep, sparse = (0,) * 7, (), NO_TENSOR * 4
+    if sparse_plan is not None:
+        size, stride, block, init, window, topk = map(sparse_plan.settings.get, _SPARSE_SETTINGS)
+        dense_until = sparse_plan.settings["dense_len"] - 1
+        if sparse_plan.kv_start is not None or num_keys - num_new < dense_until:
+            return None, ()
+        pooled = layer.compressed.get_complete(num_keys, size, stride)
+        if pooled is None:
+            return None, ()
+        width = topk + window // block
+        blocks = torch.empty(batch, plan.num_key_heads, num_new, width, dtype=torch.int32)
+        keep = (*pooled, blocks)
+        sparse = (*NO_TENSOR, *tensor_fields(pooled[0]), *tensor_fields(pooled[1]), *tensor_fields(blocks))
+        settings = size, stride, block, init, window, topk, True
+    elif attention.config._attn_implementation != "infllm_v2" or not attention.is_causal:
+        return None, ()
+    buffers = layer.extend(num_new)
+    if buffers is None:
+        return None, ()
+    if buffers[0].dtype != torch.bfloat16 or buffers[0].device.type != "cpu" or buffers[0].shape[0] != batch:
+        raise ValueError(
+            f"The cache holds {buffers[0].shape[0]} rows in {buffers[0].dtype} on {buffers[0].device}, and the new "
+            f"tokens are {batch} in bfloat16 on the CPU; start with a new cache."
+        )
+    dim, heads, key_heads = plan.head_dim, plan.num_heads, plan.num_key_heads
+    strides = num_new * features, dim, features  # of batch, head and token in `projected`
+    at = projected.data_ptr()
+    arguments = ATTENTION_ARGS.pack(
+        at,
+        *strides,
+        *tensor_fields(buffers[0]),
+        *tensor_fields(buffers[1]),
+        attended.data_ptr(),
+        num_new * heads * dim,
+        dim,
+        heads * dim,
+        0,
+        DTYPES[torch.bfloat16],
+        batch,
+        heads,
+        key_heads,
+        dim,
+        num_new,
+        num_keys,
+        threads,
+        attention.scaling,
+        0,
+        *sparse,
+        *settings,
+        at + 2 * heads * dim,
+        *strides,
+        at + 2 * (heads + key_heads) * dim,
+        *strides,
     )
-    scale = layer.residual_scale
-    hidden_states = linear(attended, attention.o_proj.weight, residual=(hidden_states, scale))
-    gated = linear(
-        hidden_states,
-        mlp.up_proj.weight,
-        gate=mlp.gate_proj.weight,
-        norm=(layer.post_attention_layernorm.weight, layer.post_attention_layernorm.variance_epsilon),
-    )
-    return linear(gated, mlp.down_proj.weight, residual=(hidden_states, scale))
+    return arguments, keep

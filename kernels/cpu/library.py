@@ -17,13 +17,13 @@ import torch
 ISA_VARIABLE = "MINICPM4_CPU_ISA"
 # Loads another build of the library, such as one with a sanitizer.
 LIBRARY_VARIABLE = "MINICPM4_CPU_LIBRARY"
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Layouts of the structs in csrc/abi.h: all fields are 8 bytes wide.
-ATTENTION_ARGS = struct.Struct("25qd24q")
+ATTENTION_ARGS = struct.Struct("25qd32q")
 POOL_ARGS = struct.Struct("17q")
-LINEAR_ARGS = struct.Struct("16qd2qd5q")
+LINEAR_CALL, LINEAR_LAYER = struct.Struct("10q"), struct.Struct("11q2d2q")  # the two halves of `mc_linear_args`
 ROWWISE_ARGS = struct.Struct("10qd4q")
 NO_TENSOR = (0, 0, 0, 0)
 
@@ -62,8 +62,9 @@ def load_library() -> ctypes.CDLL:
     library.mc_choose_isa.restype = library.mc_isa_name.restype = ctypes.c_char_p
     library.mc_choose_isa.argtypes, library.mc_isa_name.argtypes = [ctypes.c_char_p], [ctypes.c_int64]
     library.mc_abi_version.restype = ctypes.c_int64
-    for function in (library.mc_attention, library.mc_pool, library.mc_linear, library.mc_rowwise):
+    for function in (library.mc_attention, library.mc_pool, library.mc_linear, library.mc_layer, library.mc_rowwise):
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+    library.mc_linear.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     if library.mc_abi_version() != _ABI_VERSION:
         raise LibraryUnavailable("the native library is of another version; run `pip install` again")
     forced = os.environ.get(ISA_VARIABLE)

@@ -7,7 +7,7 @@ product runs, and the norm, rotation, activation and residual sum are one native
 import torch
 
 from minicpm4_hf.kernels.cpu.attention import LIBRARY
-from minicpm4_hf.kernels.cpu.library import LINEAR_ARGS, ROWWISE_ARGS, check_result, load_library
+from minicpm4_hf.kernels.cpu.library import LINEAR_CALL, LINEAR_LAYER, ROWWISE_ARGS, check_result, load_library
 
 MAX_ROWS = 8
 
@@ -57,39 +57,62 @@ def linear(
         residual = residual[0].reshape(rows.shape[0], -1).contiguous(), residual[1]
     if rows.shape[0] > MAX_ROWS:
         return _many_rows(rows, weights, gate, norm, residual, rope).view(*x.shape[:-1], -1)
+    out = x.new_empty(*x.shape[:-1], sum(weight.shape[0] for weight in weights))
+    layer = pack_layer(
+        *weights,
+        gate=gate,
+        norm=norm,
+        residual_scale=0.0 if residual is None else residual[1],
+        rope=(0, 0) if rope is None else (rope[2], rope[0].shape[-1]),
+    )
+    tables = None if rope is None else rope_tables(rope)
+    arguments = pack_call(rows, out, None if residual is None else residual[0], tables) + layer
+    check_result(load_library().mc_linear(arguments, 1))
+    return out
+
+
+def pack_layer(
+    *weights: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    norm: tuple[torch.Tensor, float] | None = None,
+    residual_scale: float = 0.0,
+    rope: tuple[int, int] = (0, 0),
+) -> bytes:
+    """What stays the same in all calls of a native linear layer, as `linear` takes it; `rope`: heads, head size."""
     sizes = [weight.shape[0] for weight in weights]
-    out = x.new_empty(*x.shape[:-1], sum(sizes))
     missing = (0,) * (3 - len(weights))
-    addresses = [weight.data_ptr() for weight in weights]
-    rotation = (0,) * 5
-    if rope is not None:
-        cosine, sine = _rope_tables(rope)
-        rotation = (cosine.data_ptr(), sine.data_ptr(), cosine.shape[0], rope[2], cosine.shape[1])
-    arguments = LINEAR_ARGS.pack(
-        rows.data_ptr(),
-        out.data_ptr(),
-        *addresses,
+    return LINEAR_LAYER.pack(
+        *(weight.data_ptr() for weight in weights),
         *missing,
         0 if gate is None else gate.data_ptr(),
         *sizes,
         *missing,
-        len(addresses),
-        features,
-        rows.shape[0],
-        rows.stride(0),
-        out.shape[-1],
-        torch.get_num_threads(),
+        len(weights),
+        weights[0].shape[1],
+        sum(sizes),
         *((0, 0.0) if norm is None else (norm[0].data_ptr(), norm[1])),
-        *((0, 0, 0.0) if residual is None else (residual[0].data_ptr(), residual[0].stride(0), residual[1])),
-        *rotation,
+        residual_scale,
+        *rope,
     )
-    check_result(load_library().mc_linear(arguments))
-    return out
 
 
-def _rope_tables(rope) -> tuple[torch.Tensor, torch.Tensor]:
+def pack_call(x, out, residual=None, tables=None) -> bytes:
+    """What changes from call to call: `x` and `residual` `[rows, K]`, `out`, and what `rope_tables` gave."""
+    return LINEAR_CALL.pack(
+        x.data_ptr(),
+        out.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        *((0, 0, 0) if tables is None else (tables[0].data_ptr(), tables[1].data_ptr(), tables[0].shape[0])),
+        x.shape[0],
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        torch.get_num_threads(),
+    )
+
+
+def rope_tables(rope) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine as contiguous float32 `[rows, D]`; row i of the input takes row i modulo their number."""
-    return tuple(table.reshape(-1, table.shape[-1]).float().contiguous() for table in rope[:2])
+    return tuple(table.flatten(0, -2).float().contiguous() for table in rope[:2])
 
 
 def _many_rows(x, weights, gate, norm, residual, rope) -> torch.Tensor:
@@ -109,7 +132,7 @@ def _many_rows(x, weights, gate, norm, residual, rope) -> torch.Tensor:
     if residual is not None:
         out = _rowwise(_ADD, residual[0], out, out, number=residual[1])
     if rope is not None:
-        cosine, sine = _rope_tables(rope)
+        cosine, sine = rope_tables(rope)
         rotation = (cosine.data_ptr(), sine.data_ptr(), cosine.shape[0], cosine.shape[1])
         _rowwise(_ROTATE, out, out, out, rotation=rotation, features=rope[2] * cosine.shape[1])
     return out

@@ -129,7 +129,8 @@ class MiniCPM4Attention(LlamaAttention):
     @property
     def needs_unrotated(self) -> bool:
         """Whether blocks are selected by the unrotated queries and keys."""
-        return self.config.sparse_config is not None and self.config.sparse_config["use_nope"]
+        sparse_config = self.config.sparse_config
+        return sparse_config is not None and sparse_config["use_nope"]
 
     def attend(
         self,

@@ -93,6 +93,13 @@ class CompressedKeys:
         self.num_tokens = k.shape[2]
         return self.streams[1].filled, self.streams[COARSE].filled
 
+    def get_complete(self, num_tokens: int, kernel_size: int, kernel_stride: int) -> tuple | None:
+        """Both streams if keys up to `num_tokens` complete no further window, in rows without padding; else None."""
+        done, now = (count_pooled(n, kernel_size, kernel_stride) for n in (self.num_tokens, num_tokens))
+        if self.starts is None or any(self.starts) or done != now or self.streams[1].length != now:
+            return None
+        return self.streams[1].filled, self.streams[COARSE].filled
+
     def crop(self, num_tokens: int) -> None:
         self.num_tokens = min(self.num_tokens, num_tokens)
 
@@ -107,15 +114,14 @@ class CompressedKeys:
             stream.storage = stream.storage.to(device, non_blocking=True)
 
 
-class SparseLayer(DynamicLayer):
-    """Cache layer for InfLLM v2: keys, values and both pooled-key streams, in buffers that grow by doubling.
+class GrowingLayer(DynamicLayer):
+    """Cache layer with keys and values in buffers that grow by doubling; `DynamicLayer` copies all at every token.
 
-    With `use_nope` it also keeps the unrotated keys, which are pooled instead of the rotated ones.
+    `_buffers` may hold more tensors of the same length, which then share its fate.
     """
 
     def __init__(self, **kwargs):
         self._buffers: dict[str, GrowingBuffer] = {}
-        self.compressed = CompressedKeys()
         super().__init__(**kwargs)
 
     def _get(self, name: str) -> torch.Tensor | None:
@@ -130,11 +136,10 @@ class SparseLayer(DynamicLayer):
     # Plain tensors to the rest of transformers, which reads and assigns them.
     keys = property(lambda self: self._get("keys"), lambda self, tensor: self._set("keys", tensor))
     values = property(lambda self: self._get("values"), lambda self, tensor: self._set("values", tensor))
-    nope_keys = property(lambda self: self._get("nope_keys"), lambda self, tensor: self._set("nope_keys", tensor))
 
     @classmethod
-    def adopt(cls, layer: DynamicLayer) -> "SparseLayer":
-        """A sparse layer with what a plain `DynamicLayer` holds."""
+    def adopt(cls, layer: DynamicLayer) -> "GrowingLayer":
+        """A layer of this class with the keys and values that another one holds."""
         adopted = cls()
         if layer.is_initialized and layer.get_seq_length():
             adopted.lazy_initialization(layer.keys, layer.values)
@@ -146,19 +151,27 @@ class SparseLayer(DynamicLayer):
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
-    def update(self, key_states, value_states, *args, key_nope=None, **kwargs):
-        """Append `[B, H, T, D]` keys and values (and unrotated keys); returns all keys and values so far."""
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append `[B, H, T, D]` keys and values; returns all so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new = {"keys": key_states, "values": value_states, "nope_keys": key_nope}
-        for name, tensor in new.items():
-            if tensor is None:
-                continue
-            if name in self._buffers and self._buffers[name].length:
-                self._buffers[name].append_(tensor)
-            else:
-                self._set(name, tensor)
+        self._append("keys", key_states)
+        self._append("values", value_states)
         return self.keys, self.values
+
+    def _append(self, name: str, new: torch.Tensor) -> None:
+        if name in self._buffers and self._buffers[name].length:
+            self._buffers[name].append_(new)
+        else:
+            self._set(name, new)
+
+    def extend(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Make room for tokens that the caller writes itself: both whole buffers, or None where that cannot be."""
+        if not self.is_initialized or set(self._buffers) != {"keys", "values"} or torch.is_grad_enabled():
+            return None
+        for buffer in self._buffers.values():
+            buffer.resize_(buffer.length + num_tokens)
+        return self._buffers["keys"].storage, self._buffers["values"].storage
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove >= 0 or not self.is_initialized:
@@ -166,12 +179,10 @@ class SparseLayer(DynamicLayer):
             return
         for buffer in self._buffers.values():
             buffer.length = max(buffer.length + tokens_to_remove, 0)
-        self.compressed.crop(self.get_seq_length())
 
     def _map_rows(self, change) -> None:
         for buffer in self._buffers.values():
             buffer.storage = change(buffer.storage)
-        self.compressed.map_rows(change)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -181,6 +192,34 @@ class SparseLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._map_rows(lambda tensor: tensor[indices.to(tensor.device), ...])
+
+
+class SparseLayer(GrowingLayer):
+    """Cache layer for InfLLM v2: a growing layer with both pooled-key streams.
+
+    With `use_nope` it also keeps the unrotated keys, which are pooled instead of the rotated ones.
+    """
+
+    def __init__(self, **kwargs):
+        self.compressed = CompressedKeys()
+        super().__init__(**kwargs)
+
+    nope_keys = property(lambda self: self._get("nope_keys"), lambda self, tensor: self._set("nope_keys", tensor))
+
+    def update(self, key_states, value_states, *args, key_nope=None, **kwargs):
+        """Append `[B, H, T, D]` keys and values (and unrotated keys); returns all keys and values so far."""
+        updated = super().update(key_states, value_states)
+        if key_nope is not None:
+            self._append("nope_keys", key_nope)
+        return updated
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.compressed.crop(self.get_seq_length())
+
+    def _map_rows(self, change) -> None:
+        super()._map_rows(change)
+        self.compressed.map_rows(change)
 
     def reset(self) -> None:
         super().reset()
@@ -267,6 +306,15 @@ def _first_keys(attention_mask: torch.Tensor | None, num_keys: int) -> torch.Ten
     return first
 
 
+def use_growing_layers(cache: Cache) -> None:
+    """Replace a cache's plain layers by growing ones, in place and with their contents; others stay."""
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = GrowingLayer
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = GrowingLayer.adopt(layer)
+
+
 def use_sparse_layers(cache: Cache, dense_len: int, device_type: str, use_nope: bool) -> None:
     """Replace a cache's plain layers by sparse ones, in place and with their contents.
 
@@ -275,13 +323,13 @@ def use_sparse_layers(cache: Cache, dense_len: int, device_type: str, use_nope: 
     Raises:
         ValueError: the cache has layers that cannot hold pooled keys.
     """
-    if cache.layer_class_to_replicate is DynamicLayer:
+    if cache.layer_class_to_replicate in (DynamicLayer, GrowingLayer):
         cache.layer_class_to_replicate = SparseLayer
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, SparseLayer | StaticSparseLayer):
             continue
         fits = type(layer) is StaticLayer and device_type in STATIC_DEVICES and not use_nope
-        if type(layer) is DynamicLayer:
+        if type(layer) in (DynamicLayer, GrowingLayer):
             cache.layers[i] = SparseLayer.adopt(layer)
         elif fits and layer.get_max_length() >= dense_len and not layer.is_initialized:
             cache.layers[i] = StaticSparseLayer.adopt(layer)
@@ -310,6 +358,8 @@ def plan_sparse_attention(
     """
     settings = config.sparse_config
     if settings is None:
+        if past_key_values is not None and not torch.compiler.is_compiling():
+            use_growing_layers(past_key_values)
         return None
     if past_key_values is not None:
         use_sparse_layers(past_key_values, settings["dense_len"], inputs_embeds.device.type, settings["use_nope"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from small_models import SMALL_SPARSE, build_model
 from torch import nn
+from transformers import DynamicCache
 
 from minicpm4_hf import kernels
 from minicpm4_hf.kernels.cpu import decoder_layer, why_missing
@@ -23,14 +24,21 @@ def fused(monkeypatch):
             kernels.use_fused_layers(enabled)
 
     counter = Counter()
-    real = decoder_layer.fused_decoder_layer
+    counter.whole_calls = 0
+    real, pack = decoder_layer.fused_decoder_layer, decoder_layer._pack_attention
 
     def count(*args, **kwargs):
         out = real(*args, **kwargs)
         counter.layers += out is not None
         return out
 
+    def count_packed(*args, **kwargs):
+        packed = pack(*args, **kwargs)
+        counter.whole_calls += packed[0] is not None
+        return packed
+
     monkeypatch.setattr(decoder_layer, "fused_decoder_layer", count)
+    monkeypatch.setattr(decoder_layer, "_pack_attention", count_packed)
     yield counter
     kernels.use_fused_layers(True)
 
@@ -132,3 +140,109 @@ def test_it_steps_aside(tokens, fused):
 
     model = build_model(8, sparse={**SMALL_SPARSE, "use_nope": True}).to(torch.bfloat16)
     assert layers_used(model, use_cache=True) == 0
+
+
+def run_cached(model, ids, cache):
+    with torch.no_grad():
+        return model(ids, past_key_values=cache, use_cache=True).logits
+
+
+@pytest.mark.parametrize("sparse", [None, SMALL_SPARSE], ids=["dense", "sparse"])
+def test_a_layer_in_one_call_is_the_layer_in_parts(sparse, tokens, fused, monkeypatch):
+    model = build_model(8, sparse=sparse).to(torch.bfloat16)
+    ids = tokens(2, 120)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    schedule = [70, *[1] * 20, 4, 7, "crop", 5, 2, *[1] * 5, "swap rows", 3, 1]
+    whole = fused.whole_calls
+    for step, size in enumerate(schedule):
+        if size == "crop":  # by less and by more than a pooling window
+            for cache in caches:
+                cache.crop(-(3 if step % 2 else 11))
+            continue
+        if size == "swap rows":
+            for cache in caches:
+                cache.reorder_cache(torch.tensor([1, 0]))
+            continue
+        begin = caches[0].get_seq_length()
+        part = (ids + step)[:, begin : begin + size] % model.config.vocab_size
+        got = run_cached(model, part, caches[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder_layer, "_pack_attention", lambda *args, **kwargs: (None, ()))
+            expected = run_cached(model, part, caches[1])
+        assert torch.equal(got, expected), f"step {step}"
+    for one, other in zip(caches[0].layers, caches[1].layers):
+        assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+    # all of at most eight rows, but for the sparse ones that complete a window of pooled keys
+    steps = sum(2 * size <= 8 for size in schedule if isinstance(size, int)) * model.config.num_hidden_layers
+    assert steps * (1 if sparse is None else 0.4) <= fused.whole_calls - whole <= steps
+
+
+def test_a_change_of_the_layer_is_seen_at_the_next_token(tokens, fused):
+    model = build_model(8, sparse=None).to(torch.bfloat16)
+    layer, ids = model.model.layers[0], tokens(1, 4)
+
+    def same_as_without():
+        fused.layers = 0
+        cache = DynamicCache(config=model.config)
+        got = run_cached(model, ids, cache), run_cached(model, ids[:, :1], cache)
+        used = fused.layers
+        fused.use(False)
+        cache = DynamicCache(config=model.config)
+        expected = run_cached(model, ids, cache), run_cached(model, ids[:, :1], cache)
+        fused.use(True)
+        for one, other in zip(got, expected):
+            torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+        return used
+
+    assert same_as_without() == 4
+    with torch.no_grad():
+        layer.mlp.down_proj.weight.mul_(-3)  # in place
+    assert same_as_without() == 4
+    layer.mlp.up_proj.weight.data = layer.mlp.up_proj.weight.data * -2  # other memory, the same parameter
+    assert same_as_without() == 4
+    layer.self_attn.o_proj.weight = nn.Parameter(layer.self_attn.o_proj.weight.detach() * -2)
+    assert same_as_without() == 4
+    query = layer.self_attn.q_proj
+    layer.self_attn.q_proj = nn.Linear(query.in_features, query.out_features, bias=False, dtype=torch.bfloat16)
+    assert same_as_without() == 4
+    layer.mlp.gate_proj.weight.data = layer.mlp.gate_proj.weight.data.mT.contiguous().mT  # not row-major
+    assert same_as_without() == 2
+    layer.mlp.gate_proj.weight.data = layer.mlp.gate_proj.weight.data.contiguous()
+    value = layer.self_attn.v_proj.weight
+    layer.self_attn.v_proj.forward = lambda x: x @ value.mT * 2  # what accelerate does to offload
+    assert same_as_without() == 2
+    del layer.self_attn.v_proj.forward
+    nn.utils.parametrizations.weight_norm(layer.mlp.up_proj)
+    assert same_as_without() == 2
+    layer.self_attn.o_proj = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run_cached(model, ids, None)
+
+
+def test_a_frozen_query_does_not_cost_the_others_their_gradient(tokens, fused):
+    model = build_model(8, sparse=None).to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    weight = model.model.layers[0].mlp.down_proj.weight.requires_grad_()
+    fused.layers = 0
+    model(tokens(1, 4), use_cache=False).logits.sum().backward()
+    assert weight.grad is not None and fused.layers == 0
+
+
+def test_a_cache_of_another_batch_is_named(tokens):
+    model = build_model(8, sparse=None).to(torch.bfloat16)
+    cache = DynamicCache(config=model.config)
+    run_cached(model, tokens(2, 9), cache)
+    with pytest.raises(ValueError, match=r"2 rows in torch\.bfloat16 on cpu, and the new tokens are 1"):
+        run_cached(model, tokens(1, 1), cache)
+
+
+def test_a_dense_cache_is_not_copied_at_every_token(tokens):
+    model = build_model(8, sparse=None).to(torch.bfloat16)
+    cache = DynamicCache(config=model.config)
+    run_cached(model, tokens(1, 100), cache)
+    places = set()
+    for _ in range(80):
+        run_cached(model, tokens(1, 1), cache)
+        places.add(cache.layers[0].keys.data_ptr())
+    assert len(places) == 1 and cache.get_seq_length() == 180

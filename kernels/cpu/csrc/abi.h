@@ -30,6 +30,8 @@ struct mc_attention_args {
     // Sparse: the queries to select with, both streams of pooled keys, and where the chosen blocks go.
     mc_tensor q_select, k1, k2, blocks;  // blocks: int32 [B, H, TQ, topk + window_size / block_size]
     int64_t kernel_size, kernel_stride, block_size, init_blocks, window_size, topk, lse_approx;
+    // Where set, `[B, H, TQ, D]` that are copied to the last positions of k and v first: a step's own keys and values.
+    mc_tensor new_k, new_v;
 };
 
 // Mean over windows of keys: out[b, h, j] = mean of in[b, h, j * stride : j * stride + size], for j in [begin, end).
@@ -48,18 +50,26 @@ struct mc_pool_args {
 //   rope_heads   the first so many heads of `head_dim` outputs of row i are rotated by row i % rope_rows of `cosine` and
 //                `sine` [rope_rows, head_dim]
 struct mc_linear_args {
+    // what changes from call to call
     const void *x;
     void *out;
+    const void *residual;
+    const float *cosine, *sine;
+    int64_t rope_rows, rows, x_stride, residual_stride, num_threads;
+    // the layer
     const void *weight[3], *gate;
     int64_t out_features[3];
-    int64_t num_weights, in_features, rows, x_stride, out_stride, num_threads;
+    int64_t num_weights, in_features, out_stride;
     const void *norm_weight;
-    double norm_eps;
-    const void *residual;
-    int64_t residual_stride;
-    double residual_scale;
-    const float *cosine, *sine;
-    int64_t rope_rows, rope_heads, head_dim;
+    double norm_eps, residual_scale;
+    int64_t rope_heads, head_dim;
+};
+
+// A decoder layer at one to eight rows: query, key and value; attention; its output, gate and up, down.
+struct mc_layer_args {
+    mc_linear_args projection;
+    mc_attention_args attention;
+    mc_linear_args rest[3];
 };
 
 // One pass over rows of bfloat16, in place of several of torch's operators:

@@ -361,8 +361,22 @@ static int run_bf16(const mc_attention_args &a) {
 }
 #endif
 
+static void append_rows(const mc_tensor &from, const mc_tensor &to, const mc_attention_args &a) {
+    const int64_t size = a.dtype == MC_FLOAT32 ? 4 : 2, first = a.num_keys - a.num_queries;
+    for (int64_t b = 0; b < a.batch; b++)
+        for (int64_t h = 0; h < a.heads; h++)
+            for (int64_t t = 0; t < a.num_queries; t++)
+                memcpy((char *)to.data + size * (b * to.stride[0] + h * to.stride[1] + (first + t) * to.stride[2]),
+                       (char *)from.data + size * (b * from.stride[0] + h * from.stride[1] + t * from.stride[2]),
+                       size * a.dim);
+}
+
 static int attention(const mc_attention_args &a) {
     if (a.dim % 16 || a.dim <= 0) return MC_UNSUPPORTED;
+    if (a.new_k.data) {
+        append_rows(a.new_k, a.k, a);
+        append_rows(a.new_v, a.v, a);
+    }
     if (a.dtype == MC_FLOAT32) return run_attention<EngineFp32<float>, SelectFp32, float>(a, 1 << 20);
     if (a.dtype == MC_FLOAT16) return run_attention<EngineFp32<fp16>, SelectFp32, fp16>(a, 1 << 20);
     if (a.dtype != MC_BFLOAT16) return MC_UNSUPPORTED;

@@ -6,6 +6,7 @@
 // the linker would keep one copy of each inline function, and that one may use instructions the machine lacks.
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif

@@ -68,9 +68,19 @@ MC_EXPORT const char *mc_isa_name(int64_t i) {
     return nullptr;
 }
 
-MC_EXPORT int64_t mc_abi_version() { return 2; }
+MC_EXPORT int64_t mc_abi_version() { return 3; }
 
 MC_EXPORT int mc_attention(const mc_attention_args *args) { return g_isa->kernels->attention(*args); }
 MC_EXPORT int mc_pool(const mc_pool_args *args) { return g_isa->kernels->pool(*args); }
-MC_EXPORT int mc_linear(const mc_linear_args *args) { return g_isa->kernels->linear(*args); }
+// `count` layers, one after another: a later one may read what an earlier one wrote.
+MC_EXPORT int mc_linear(const mc_linear_args *args, int64_t count) {
+    int result = MC_OK;
+    for (int64_t i = 0; i < count && result == MC_OK; i++) result = g_isa->kernels->linear(args[i]);
+    return result;
+}
+MC_EXPORT int mc_layer(const mc_layer_args *args) {
+    int result = mc_linear(&args->projection, 1);
+    if (result == MC_OK) result = mc_attention(&args->attention);
+    return result == MC_OK ? mc_linear(args->rest, 3) : result;
+}
 MC_EXPORT int mc_rowwise(const mc_rowwise_args *args) { return g_isa->kernels->rowwise(*args); }

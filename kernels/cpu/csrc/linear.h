@@ -3,7 +3,10 @@
 
 constexpr int64_t kFeatureChunk = 32;  // output features a thread takes at a time
 
-constexpr int64_t kAheadBytes = 4096;  // of the weights' stream that is asked for: one page
+// What is asked for ahead of the weights' stream: two pages. A weight is used once a step, so it is kept out of the outer
+// caches, where Python's own code and objects would otherwise be pushed out by it.
+constexpr int64_t kAheadBytes = 8192;
+constexpr int kAheadLocality = 0;
 
 #if MC_BF16
 struct DotBf16 {
@@ -24,7 +27,7 @@ struct DotBf16 {
                 __m512bh row[ROWS];
                 MC_UNROLL for (int r = 0; r < ROWS; r++) {
                     const bf16 *from = w + r * features + k + 32 * p;
-                    __builtin_prefetch((const char *)from + kAheadBytes, 0, 3);
+                    __builtin_prefetch((const char *)from + kAheadBytes, 0, kAheadLocality);
                     row[r] = (__m512bh)_mm512_loadu_si512(from);
                 }
                 MC_UNROLL for (int m = 0; m < M; m++) {
@@ -73,7 +76,7 @@ struct DotFp32 {
         for (; k + 2 * W <= features; k += 2 * W) {
             MC_UNROLL for (int r = 0; r < ROWS; r++) {
                 const bf16 *from = w + r * features + k;
-                __builtin_prefetch((const char *)from + kAheadBytes, 0, 3);
+                __builtin_prefetch((const char *)from + kAheadBytes, 0, kAheadLocality);
                 vi both = *(const vi_any *)from;
                 vf even = (vf)((vu)both << 16), odd = (vf)((vu)both & 0xffff0000u);
                 MC_UNROLL for (int m = 0; m < M; m++) {
@@ -109,7 +112,8 @@ static int run_linear(const mc_linear_args &a) {
     // Several rows of x do not stay in the first cache beside the weights: each pass over them serves two weight rows.
     constexpr int ROWS = M > 4 ? 2 : 1;
     const int64_t features = a.in_features;
-    Scratch memory(4 * Dot::scratch_floats(features, M) + (a.norm_weight ? 2 * M * features : 0) + 128);
+    Scratch memory(4 * Dot::scratch_floats(features, M) + (a.norm_weight ? 2 * M * features : 0) + 192 +
+                   Stretches::bytes(a.num_threads));
     if (!memory.ok()) return MC_NO_MEMORY;
     int64_t x_stride = a.x_stride;
     const bf16 *input = (const bf16 *)a.x;
@@ -124,10 +128,11 @@ static int run_linear(const mc_linear_args &a) {
     for (int64_t i = 0; i < a.num_weights; i++)
         chunks[i + 1] = chunks[i] + (a.out_features[i] + kFeatureChunk - 1) / kFeatureChunk;
     const int64_t total = chunks[a.num_weights];
-    Counter counter;
-    parallel_run(min64(a.num_threads, total), [&](int, int) {
+    const int64_t num_threads = min64(a.num_threads, total);
+    Stretches work(memory, total, num_threads);
+    parallel_run(num_threads, [&](int thread, int) {
         float products[M][kFeatureChunk], gates[M][kFeatureChunk];
-        for (int64_t c; (c = counter.next()) < total;) {
+        work.run(thread, [&](int64_t c) __attribute__((always_inline)) {
             int64_t i = 0, column = 0;
             while (c >= chunks[i + 1]) column += a.out_features[i++];
             int64_t begin = (c - chunks[i]) * kFeatureChunk, count = min64(kFeatureChunk, a.out_features[i] - begin);
@@ -160,7 +165,7 @@ static int run_linear(const mc_linear_args &a) {
                     from_float(y, to[n]);
                 }
             }
-        }
+        });
     });
     for (int m = 0; a.rope_heads && m < M; m++) {
         int64_t at = m % a.rope_rows * a.head_dim;

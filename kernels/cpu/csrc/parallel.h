@@ -43,3 +43,23 @@ struct Scratch {
         return p;
     }
 };
+
+// Hands out 0, 1, 2, ... too, but each thread goes through a stretch of its own in order, as long as there is one, so
+// that what it asked for ahead in memory is what it works on next; then it helps with the others'.
+struct Stretches {
+    struct alignas(64) Stretch { int64_t next; };
+    Stretch *stretches;
+    int64_t total, parts;
+    static size_t bytes(int64_t parts) { return parts * sizeof(Stretch); }
+    Stretches(Scratch &memory, int64_t total, int64_t parts)
+        : stretches(memory.take<Stretch>(parts)), total(total), parts(parts) {
+        for (int64_t i = 0; i < parts; i++) stretches[i].next = total * i / parts;
+    }
+    template <class Body>
+    void run(int thread, const Body &body) {
+        for (int64_t i = 0; i < parts; i++) {
+            int64_t part = (thread + i) % parts, end = total * (part + 1) / parts;
+            for (int64_t c; (c = __atomic_fetch_add(&stretches[part].next, 1, __ATOMIC_RELAXED)) < end;) body(c);
+        }
+    }
+};
