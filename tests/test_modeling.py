@@ -224,11 +224,30 @@ def test_lora_trains(tokens):
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_packed_sequences_and_masks_with_gaps_are_refused(tokens):
+@pytest.mark.parametrize("use_nope", [False, True])
+def test_a_packed_row_is_its_sequences_one_by_one(tokens, use_nope):
+    model = build_model(sparse={**SMALL_SPARSE, "use_nope": use_nope, "dense_len": 64}).double()
+    ids, lengths = tokens(2, 200), ((130, 20, 50), (7, 193))  # shorter and longer than `dense_len`
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    packed.sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    alone = [
+        torch.cat([model(part, use_cache=False).logits for part in row[None].split(list(sizes), 1)], 1)
+        for row, sizes in zip(ids, lengths)
+    ]
+    torch.testing.assert_close(packed, torch.cat(alone))
+    torch.cat(alone).sum().backward()
+    for gradient, parameter in zip(gradients, model.parameters()):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_packed_sequences_with_a_cache_and_masks_with_gaps_are_refused(tokens):
     model = build_model()
     ids = tokens(1, 60)
     with pytest.raises(ValueError, match="packed"):
-        model(ids, position_ids=torch.arange(60)[None] % 30)
+        model(ids, position_ids=torch.arange(60)[None] % 30, use_cache=True)
     mask = torch.ones_like(ids)
     mask[0, 30] = 0
     with pytest.raises(ValueError, match="gap"):

@@ -282,6 +282,7 @@ class SparsePlan:
     settings: dict  # the full `sparse_config`
     kv_start: torch.Tensor | None  # [B] int64, first real key of each row; None where every row begins at 0
     num_keys: int | None = None  # keys in a static cache, the new ones included; None for a step that must not know
+    segments: list[list[int]] | None = None  # packed rows, without a cache: lengths of each row's sequences
 
 
 def _first_keys(attention_mask: torch.Tensor | None, num_keys: int) -> torch.Tensor | None:
@@ -354,7 +355,7 @@ def plan_sparse_attention(
     It is dense without a `sparse_config`, and while even the longest row is shorter than `dense_len`.
 
     Raises:
-        ValueError: attention weights asked for, packed sequences, a mask with gaps, or an unfit cache.
+        ValueError: attention weights asked for, packed sequences with a cache, a mask with gaps, or an unfit cache.
     """
     settings = config.sparse_config
     if settings is None:
@@ -378,11 +379,18 @@ def plan_sparse_attention(
             "`config.sparse_config = None` and `attn_implementation='eager'` to get them."
         )
     kv_start = _first_keys(attention_mask, num_keys)
-    if attention_mask is None and (position_ids.diff(dim=-1) <= 0).any():
+    steps = position_ids.diff(dim=-1)
+    if attention_mask is None and past_key_values is not None and (steps <= 0).any():
         raise ValueError(
-            "Sparse attention takes one sequence a row, but these `position_ids` start anew inside a row (packed "
-            "sequences); pass each sequence as a row of its own with left padding and an `attention_mask`."
+            "A cache takes one sequence a row, but these `position_ids` start anew inside a row (packed "
+            "sequences); pass `use_cache=False`, or each sequence as a row of its own with left padding and an "
+            "`attention_mask`."
         )
+    if attention_mask is None and past_key_values is None and (steps != 1).any():  # as in transformers' dense masks
+        rows = steps.expand(inputs_embeds.shape[0], -1)
+        ends = [[*(row != 1).nonzero()[:, 0].add(1).tolist(), num_keys] for row in rows]
+        lengths = [[end - begin for begin, end in zip([0, *row], row)] for row in ends]
+        return SparsePlan(settings, None, segments=lengths)
     return SparsePlan(settings, kv_start)
 
 
@@ -494,6 +502,8 @@ def infllm_v2_attention_forward(
     if dropout:
         raise ValueError(f"`attention_dropout` must be 0 with sparse attention, got {dropout}.")
     operations = operations or REFERENCE_OPERATIONS
+    if sparse_plan.segments is not None:
+        return _attend_segments(module, query, key, value, scaling, sparse_plan, query_nope, key_nope, operations)
     settings, kv_start = sparse_plan.settings, sparse_plan.kv_start
     static = isinstance(cache_layer, StaticSparseLayer)
     if static:
@@ -548,3 +558,30 @@ def infllm_v2_attention_forward(
     else:
         out = torch.cat([attend(slice(i, i + 1), dense) for i, dense in enumerate(num_dense)])
     return out.transpose(1, 2), None
+
+
+def _attend_segments(module, query, key, value, scaling, plan: SparsePlan, query_nope, key_nope, operations):
+    """`infllm_v2_attention_forward` for packed rows: each sequence alone, dense where shorter than `dense_len`."""
+    alone = SparsePlan(plan.settings, None)
+    rows = []
+    for row, lengths in enumerate(plan.segments):
+        parts = [
+            infllm_v2_attention_forward(
+                module,
+                *tensors[:3],
+                None,
+                scaling=scaling,
+                sparse_plan=alone,
+                query_nope=tensors[3],
+                key_nope=tensors[4],
+                operations=operations,
+            )[0]
+            for tensors in zip(
+                *(
+                    [None] * len(lengths) if tensor is None else tensor[row : row + 1].split(lengths, 2)
+                    for tensor in (query, key, value, query_nope, key_nope)
+                )
+            )
+        ]
+        rows.append(torch.cat(parts, 1))
+    return torch.cat(rows), None
