@@ -21,7 +21,7 @@ for top in ("kernels", "conversion", "eval"):
 
 # SERVE is what `transformers serve` asks for.
 SERVE = ["accelerate>=1.10", "fastapi", "openai>=1.98", "pydantic>=2", "rich", "starlette", "uvicorn"]
-TRAIN = ["accelerate>=1.10", "peft>=0.18"]
+TRAIN = ["accelerate>=1.10", "datasets>=4", "matplotlib", "peft>=0.18"]
 DEV = ["pytest>=8", "ruff>=0.12"]
 
 # The native CPU kernels: one object file an instruction set, each with its own flags, chosen between at run time.
@@ -100,7 +100,7 @@ setup(
     package_dir=package_dir,
     package_data={
         "": ["py.typed", "*.jsonl", "*.jinja"],
-        "minicpm4_hf": ["assets/*.txt", "assets/*.md", "checkpoints/*/*"],
+        "minicpm4_hf": ["assets/*.txt", "assets/*.md", "checkpoints/*/*", "training/recipes/*.json"],
     },
     ext_modules=[Extension("minicpm4_hf.kernels.cpu._native", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative},

@@ -9,9 +9,9 @@ import argparse
 import os
 import sys
 
-from . import chat, demo, generate, info, serve
+from . import chat, demo, generate, info, serve, train
 
-COMMANDS = {"demo": demo, "generate": generate, "chat": chat, "serve": serve, "info": info}
+COMMANDS = {"demo": demo, "generate": generate, "chat": chat, "serve": serve, "train": train, "info": info}
 
 
 class _Version(argparse.Action):
