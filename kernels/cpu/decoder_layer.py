@@ -153,7 +153,7 @@ _plans: WeakKeyDictionary[nn.Module, LayerPlan] = WeakKeyDictionary()
 
 def _plan_of(layer) -> LayerPlan | None:
     plan = _plans.get(layer)
-    if plan is None or not plan.still_holds():
+    if plan is None or plan.scale != layer.residual_scale or not plan.still_holds():
         if not LayerPlan.serves(layer):
             return None
         plan = _plans[layer] = LayerPlan(layer)

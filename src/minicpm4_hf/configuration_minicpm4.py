@@ -3,6 +3,7 @@
 This file travels with a checkpoint (`save_pretrained` copies it), so it imports transformers only.
 """
 
+import math
 from dataclasses import field
 
 from huggingface_hub.dataclasses import strict
@@ -87,14 +88,21 @@ class MiniCPM4Config(LlamaConfig):
         mup_denominator: read by official draft heads only; kept so that it is not lost on a round trip.
         sparse_config: InfLLM v2 settings under the official keys (`DEFAULT_SPARSE_CONFIG`), or None for dense
             attention. Keys left out get the official value.
+        num_mtp_layers: 1 for a checkpoint with a head for multi-token prediction (MTP), None for one without. A plain
+            load ignores the head; `generate(use_mtp=True)` and `from_pretrained(..., with_mtp_head=True)` read it.
+        mtp_loss_weight: factor on the MTP loss in training.
 
     Raises:
         ValueError: a setting out of its range, or `dim_model_base` missing.
 
-    Source: MiniCPM4 technical report (arXiv:2506.07900) and the configs of the official checkpoints.
+    Source: MiniCPM4 technical report (arXiv:2506.07900) and the configs of the official checkpoints. The report does
+    not give the weight of the MTP loss; 0.3 is that of the first 10T tokens of DeepSeek-V3 (arXiv:2412.19437, 4.2),
+    which goes on with 0.1.
     """
 
     model_type = "minicpm4"
+    keys_to_ignore_at_inference = ["past_key_values", "ntp_loss", "mtp_loss"]  # no predictions, to `Trainer.evaluate`
+    mtp_hidden_states_first = True  # transformers' `MtpLayer`: concat(h, embedding), the order of the report
 
     vocab_size: int = 73448
     intermediate_size: int = 16384
@@ -108,6 +116,8 @@ class MiniCPM4Config(LlamaConfig):
     dim_model_base: int | None = 256
     mup_denominator: int | None = None
     sparse_config: dict | None = None
+    num_mtp_layers: int | None = None
+    mtp_loss_weight: int | float = 0.3
 
     def __setattr__(self, name, value):
         if name == "sparse_config" and value is not None:  # also set later, or by `from_pretrained(sparse_config=...)`
@@ -120,6 +130,10 @@ class MiniCPM4Config(LlamaConfig):
         for name in ("scale_emb", "scale_depth", "dim_model_base"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)}.")
+        if self.num_mtp_layers not in (None, 1):
+            raise ValueError(f"`num_mtp_layers` must be 1, or None for no MTP head, got {self.num_mtp_layers}.")
+        if not 0 <= self.mtp_loss_weight < math.inf:
+            raise ValueError(f"`mtp_loss_weight` must be a number of at least 0, got {self.mtp_loss_weight}.")
         super().__post_init__(**kwargs)
         rope = self.rope_parameters
         if rope and rope.get("rope_type") == "longrope" and rope.get("factor") is None:
@@ -131,6 +145,13 @@ class MiniCPM4Config(LlamaConfig):
         if config_dict.get("dim_model_base") is None and "dim_model_base" not in kwargs:
             raise ValueError(missing_dim_model_base(config_dict.get("hidden_size")))
         return super().from_dict(config_dict, **kwargs)
+
+    def to_diff_dict(self):  # what `save_pretrained` writes: nothing of MTP where nothing was said of it
+        diff = super().to_diff_dict()
+        for name in ("num_mtp_layers", "mtp_loss_weight"):
+            if name in diff and diff[name] == getattr(MiniCPM4Config, name):
+                del diff[name]
+        return diff
 
     def validate_architecture(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -148,6 +169,11 @@ class MiniCPM4Config(LlamaConfig):
     def logits_scaling(self) -> float:
         """Divisor of the final hidden state before the LM head: `hidden_size / dim_model_base`."""
         return self.hidden_size / self.dim_model_base
+
+    @property
+    def logits_mup_width_multiplier(self) -> float:
+        """`logits_scaling` under the name by which transformers' `MtpModel` divides drafted logits."""
+        return self.logits_scaling
 
 
 def missing_dim_model_base(hidden_size: int | None) -> str:

@@ -3,11 +3,17 @@
 This file travels with a checkpoint (`save_pretrained` copies it), so it imports torch, transformers and its sibling
 files only. Dense attention goes through transformers' attention functions; the sparse one is looked up under
 the name "infllm_v2", where the installed package registers its kernels, and is plain PyTorch otherwise.
+
+Multi-token prediction (MTP) is a head to train with, attached on request: `model.add_mtp_head_()` for a new one,
+`from_pretrained(folder, with_mtp_head=True)` to go on with a saved one. A saved one speeds up decoding without being
+attached: `model.generate(..., use_mtp=True)` on a model that was loaded from its folder.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -26,12 +32,14 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_minicpm4 import MiniCPM4Config
 from .sparse_cache import SparsePlan, infllm_v2_attention_forward, plan_sparse_attention
+
+logger = logging.get_logger(__name__)
 
 # What may run a "decoder_layer" `(layer, hidden_states, **kwargs)` or a "linear" layer `(module, x)` in place of the
 # code below; it returns None where it does not serve a call. The installed package fills this; remote code does not.
@@ -189,9 +197,62 @@ class MiniCPM4DecoderLayer(LlamaDecoderLayer):
         return hidden_states + branch * self.residual_scale
 
 
+class MiniCPM4MtpLayer(nn.Module):
+    """From the state of token i and the embedding of token i + 1, the state that predicts token i + 2.
+
+    Names and mathematics are those of transformers' `MtpLayer` with the hidden state first, which drafts with these
+    weights.
+
+    Source: MiniCPM4 technical report (arXiv:2506.07900), multi-token prediction; the norm at the end is that of
+    DeepSeek-V3's checkpoints, without which a head shared with the main model would get states of another scale.
+    """
+
+    def __init__(self, config: MiniCPM4Config):
+        super().__init__()
+        self.enorm = MiniCPM4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = MiniCPM4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.mtp_block = MiniCPM4DecoderLayer(config, layer_idx=0)
+        # scale_depth / sqrt(1): to `MtpModel`, which builds it from `config.get_mtp_config()`, it is a model of one
+        # layer. The config here is the model's own, so that a new `_attn_implementation` reaches this layer too.
+        self.mtp_block.residual_scale = config.scale_depth
+        self.post_norm = MiniCPM4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Final states of tokens i and unscaled embeddings of tokens i + 1, both `[B, T, hidden]`, to such states."""
+        joined = self.eh_proj(torch.cat((self.hnorm(hidden_states), self.enorm(next_embeds)), dim=-1))
+        return self.post_norm(self.mtp_block(joined, **kwargs))
+
+
+class MiniCPM4MtpHead(nn.Module):
+    """What is saved under `mtp.`: one layer, in a list because transformers' `MtpModel` knows models with more."""
+
+    def __init__(self, config: MiniCPM4Config):
+        super().__init__()
+        self.layers = nn.ModuleList([MiniCPM4MtpLayer(config)])
+
+    def forward(self, hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.layers[0](hidden_states, next_embeds, **kwargs)
+
+
+@dataclass
+class MiniCPM4CausalLMOutput(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast`, and the parts of the loss where labels are given and an MTP head is attached.
+
+    Args:
+        ntp_loss: loss of the next token, detached.
+        mtp_loss: loss of the token after it, detached and without its weight.
+    """
+
+    ntp_loss: torch.FloatTensor | None = None
+    mtp_loss: torch.FloatTensor | None = None
+
+
 class MiniCPM4PreTrainedModel(LlamaPreTrainedModel):
     config_class = MiniCPM4Config
     config: MiniCPM4Config
+    # Loaded on request only. transformers' `MtpModel` also takes from here which weights are the head's.
+    _keys_to_ignore_on_load_unexpected = [r"^mtp\."]
     _no_split_modules = ["MiniCPM4DecoderLayer"]
     _can_record_outputs = {"hidden_states": MiniCPM4DecoderLayer, "attentions": MiniCPM4Attention}
 
@@ -206,6 +267,25 @@ class MiniCPM4PreTrainedModel(LlamaPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MiniCPM4RotaryEmbedding):
             module.inv_freq.copy_(module.compute_inv_freq(module.config)[0])
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers. Without the MTP head that its checkpoint had, the model is saved as one without a head.
+
+        The weights of a head that is not attached are not here to be saved, so `num_mtp_layers` is left out of the
+        saved config (not of the model's), and a warning says so.
+        """
+        num_mtp_layers = self.config.num_mtp_layers
+        if num_mtp_layers is None or getattr(self, "mtp", None) is not None:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        logger.warning_once(
+            "This model was loaded without the MTP head of its checkpoint and is saved without it; to keep the head, "
+            "load the model with `from_pretrained(..., with_mtp_head=True)`."
+        )
+        self.config.num_mtp_layers = None
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.num_mtp_layers = num_mtp_layers
 
 
 class MiniCPM4Model(MiniCPM4PreTrainedModel):
@@ -288,19 +368,60 @@ class MiniCPM4Model(MiniCPM4PreTrainedModel):
 
 
 class MiniCPM4ForCausalLM(MiniCPM4PreTrainedModel, GenerationMixin):
-    """MiniCPM4 with its language-model head; logits are float32."""
+    """MiniCPM4 with its language-model head; logits are float32.
+
+    Args:
+        with_mtp_head: attach the MTP head that the checkpoint has, to go on training it. Without this a head is
+            neither built nor loaded, whatever the config says.
+
+    Raises:
+        ValueError: `with_mtp_head` with a config that has no head.
+    """
 
     _tied_weights_keys = LlamaForCausalLM._tied_weights_keys
     _tp_plan = LlamaForCausalLM._tp_plan
     _pp_plan = LlamaForCausalLM._pp_plan
     _fsdp_plan = LlamaForCausalLM._fsdp_plan
 
-    def __init__(self, config: MiniCPM4Config):
+    def __init__(self, config: MiniCPM4Config, with_mtp_head: bool = False):
         super().__init__(config)
         self.model = MiniCPM4Model(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = None
+        if with_mtp_head:
+            if config.num_mtp_layers is None:
+                raise ValueError(
+                    "`with_mtp_head=True` asks for an MTP head, but this checkpoint has none (its config has no "
+                    "`num_mtp_layers`); load it without, and call `model.add_mtp_head_()` for a new one."
+                )
+            self.mtp = MiniCPM4MtpHead(config)
         self.post_init()
+
+    def add_mtp_head_(self) -> "MiniCPM4ForCausalLM":
+        """Attach a new head for multi-token prediction, in place, with the model's own initialisation.
+
+        From then on `forward` with labels trains it with the model, and `save_pretrained` saves it. Call this before
+        the model is given to an optimizer, to PEFT or to `gradient_checkpointing_enable`. `generate(use_mtp=True)`
+        reads the head from the folder that the model was loaded from: save and load before drafting with it.
+
+        Raises:
+            ValueError: there is a head already.
+        """
+        if self.mtp is not None:
+            raise ValueError("This model has an MTP head already; `add_mtp_head_` adds the first one only.")
+        place = self.model.norm.weight
+        head = MiniCPM4MtpHead(self.config).to(device=place.device, dtype=place.dtype)
+        head.apply(self._init_weights)
+        self.mtp = head.train(self.training)
+        self.config.num_mtp_layers = 1
+        return self
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Float32 logits `[B, T, vocab]` of final states `[B, T, hidden]`."""
+        hidden_states = hidden_states / self.config.logits_scaling
+        fused = run_fused("linear", self.lm_head, hidden_states)
+        return (self.lm_head(hidden_states) if fused is None else fused).float()
 
     @can_return_tuple
     def forward(
@@ -314,8 +435,26 @@ class MiniCPM4ForCausalLM(MiniCPM4PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Logits `[B, T, vocab]` (or the last `logits_to_keep`), and the loss where `labels [B, T]` are given."""
+    ) -> MiniCPM4CausalLMOutput:
+        """Logits `[B, T, vocab]` (or the last `logits_to_keep`), and the loss where `labels [B, T]` are given.
+
+        With an MTP head the loss in training is `ntp_loss + config.mtp_loss_weight * mtp_loss`; in evaluation it is
+        `ntp_loss`, so that a perplexity does not change with the head. Both parts are in the output.
+
+        Raises:
+            ValueError: training with an MTP head and a cache, a mask that is not `[B, T]`, or `shift_labels`; in
+                evaluation there is no `mtp_loss` then.
+        """
+        with_mtp = labels is not None and self.mtp is not None
+        if with_mtp:
+            unfit = past_key_values is not None or kwargs.get("shift_labels") is not None
+            unfit |= attention_mask is not None and getattr(attention_mask, "ndim", None) != 2
+            with_mtp = not unfit
+            if self.training and unfit:
+                raise ValueError(
+                    "The MTP loss needs whole rows: leave out `past_key_values` and `shift_labels`, and give an "
+                    "`attention_mask` of shape [batch, tokens] or none."
+                )
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -325,19 +464,101 @@ class MiniCPM4ForCausalLM(MiniCPM4PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        hidden_states = hidden_states / self.config.logits_scaling
-        fused = run_fused("linear", self.lm_head, hidden_states)
-        logits = (self.lm_head(hidden_states) if fused is None else fused).float()
-        loss = None
+        logits = self.compute_logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = ntp_loss = mtp_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        if with_mtp:
+            # What `MtpModel` feeds: embeddings without `scale_emb`. The norm after them makes it 1, but for its eps.
+            if inputs_embeds is None:
+                embeds = self.model.embed_tokens(input_ids)
+            else:
+                embeds = inputs_embeds / self.config.scale_emb
+            mtp_loss = self.compute_mtp_loss(
+                outputs.last_hidden_state, embeds, labels, attention_mask, position_ids, **kwargs
+            )
+            ntp_loss = loss.detach()
+            if self.training:
+                loss = loss + self.config.mtp_loss_weight * mtp_loss
+            mtp_loss = mtp_loss.detach()
+        return MiniCPM4CausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            ntp_loss=ntp_loss,
+            mtp_loss=mtp_loss,
+        )
+
+    def compute_mtp_loss(
+        self,
+        hidden_states: torch.Tensor,
+        embeds: torch.Tensor,
+        labels: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        *,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Loss of the MTP head, which predicts token i + 2 from the state of token i and token i + 1.
+
+        Element i of the head's row belongs to token i, so rows keep their length, and packed sequences and padding lie
+        where they lie in the model. The last element of a sequence has no token after it: the one that stands in its
+        place is of the next sequence, or padding. No other element of the sequence can see it, and it has no target.
+
+        The head's layer is dense at every length, as when drafting: at T tokens it costs T * T / 2 attention scores a
+        head, also where the model's layers are sparse. The logits take as much memory again as the model's.
+
+        Args:
+            hidden_states: the model's final states `[B, T, hidden]`.
+            embeds: embeddings of the same tokens `[B, T, hidden]`, without `scale_emb`.
+            labels: `[B, T]`, -100 for tokens that are no target.
+            attention_mask: `[B, T]`, 1 for real tokens, or None.
+            position_ids: `[B, T]` or `[1, T]`. Without a mask, a position that is not the one before it plus 1 begins
+                a sequence, as in transformers' mask functions.
+            num_items_in_batch: what the sum over the targets is divided by; their number if None. DeepSeek-V3
+                (arXiv:2412.19437, equation 24) divides both losses by the same number too.
+
+        Returns:
+            A scalar, 0 where there is no target.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(labels.shape[1], device=labels.device)[None]
+        if attention_mask is None:
+            follows, keys = position_ids.diff(dim=-1) == 1, None
+        else:
+            follows = attention_mask[:, :-1].bool() & attention_mask[:, 1:].bool()
+            keys = F.pad(follows, (0, 1), value=True)
+        targets = F.pad(labels, (0, 2), value=-100)[:, 2:]
+        targets = targets.masked_fill(F.pad(~follows, (0, 1)).to(labels.device), -100)
+
+        embeds = embeds.to(hidden_states.device)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=embeds,
+            attention_mask=keys,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+        states = self.mtp(
+            hidden_states,
+            embeds.roll(-1, dims=1),
+            attention_mask=mask,
+            position_embeddings=self.model.rotary_emb(hidden_states, position_ids + 1),  # where token i + 1 stands
+            position_ids=position_ids,
+            **kwargs,
+        )
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != -100).sum().clamp(min=1)
+        return self.loss_function(
+            logits=self.compute_logits(states),
+            labels=labels,
+            shift_labels=targets,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+            **kwargs,
         )
 
 

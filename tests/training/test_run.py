@@ -109,6 +109,23 @@ def test_the_second_stage_goes_on_with_weights_and_moments(recipe_file, tmp_path
     assert torch.equal(seen[1][1], finished["model.embed_tokens.weight"])
 
 
+def test_a_run_with_a_head_for_the_second_token_and_fp8(recipe_file, tmp_path):
+    run_recipe(load_recipe(recipe_file, ["mtp_loss_weight=0.5", "fp8=true"]))
+    run = tmp_path / "run"
+    for stage in ("short", "long"):
+        records = [record for record in read_log(run / stage) if "loss" in record]
+        assert records
+        for record in records:
+            assert record["loss"] == pytest.approx(record["ntp_loss"] + 0.5 * record["mtp_loss"], rel=1e-5)
+    weights = load_file(run / "model" / "model.safetensors")
+    assert "mtp.layers.0.eh_proj.weight" in weights
+    plain = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert plain.mtp is None
+    ids = AutoTokenizer.from_pretrained(run / "model")("ba cou di", return_tensors="pt").input_ids
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(plain.generate(ids, **options), plain.generate(ids, use_mtp=True, **options))
+
+
 KILLED_RUN = """
 import os, signal, sys
 from minicpm4_cli import main

@@ -188,14 +188,21 @@ def build_model(recipe: Recipe, stage: Stage, source: str | Path | None, tokeniz
             config = standard_parametrization(config)
     if not isinstance(config, MiniCPM4Config):
         raise ValueError(f"{str(source)!r} is a {config.model_type} model; this trains MiniCPM4.")
-    config.sparse_config = stage.sparse_config
+    config.sparse_config, config.mtp_loss_weight = stage.sparse_config, recipe.mtp_loss_weight
     if stage.context is not None:
         config = extend_context(config, stage.context)
     if source is None:
-        model = initialize_mup_(MiniCPM4ForCausalLM(config), init_std=recipe.init_std)
+        model = MiniCPM4ForCausalLM(config)
         model.generation_config = GenerationConfig(**special)
     else:
-        model = MiniCPM4ForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
+        has_head = recipe.mtp_loss_weight > 0 and config.num_mtp_layers is not None
+        model = MiniCPM4ForCausalLM.from_pretrained(
+            source, config=config, dtype=torch.float32, **({"with_mtp_head": True} if has_head else {})
+        )
+    if recipe.mtp_loss_weight and model.mtp is None:
+        model.add_mtp_head_()
+    if source is None:
+        initialize_mup_(model, init_std=recipe.init_std)
     if recipe.fp8:
         from minicpm4_hf.training.fp8 import use_fp8_linears_
 
@@ -330,7 +337,10 @@ def _publish(source: Path, target: Path) -> None:
     """The last stage's model in bfloat16, as the published ones are."""
     partial = target.with_name(f".{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    model = MiniCPM4ForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    has_head = AutoConfig.from_pretrained(source).num_mtp_layers is not None
+    model = MiniCPM4ForCausalLM.from_pretrained(
+        source, dtype=torch.bfloat16, **({"with_mtp_head": True} if has_head else {})
+    )
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(source).save_pretrained(partial)
     shutil.rmtree(target, ignore_errors=True)

@@ -100,6 +100,7 @@ class MiniCPM4Trainer(Trainer):
     def __init__(self, *args, schedule: WSDSettings, **kwargs):
         self.schedule = schedule
         self._run_dir = None
+        self._parts = {}  # of the loss, with a head for a second token: sums since the last log, by name
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)  # its lines would be among the results on stdout
 
@@ -122,13 +123,27 @@ class MiniCPM4Trainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         # A cache would hide from transformers' masks where packed documents begin.
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        inputs = {**inputs, "use_cache": False}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training and outputs.get("mtp_loss") is not None:
+            if not self._parts:
+                self._parts_since = self.state.global_step
+            for name in ("ntp_loss", "mtp_loss"):
+                self._parts[name] = self._parts.get(name, 0.0) + outputs[name]
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._parts:
+            steps = self.state.global_step - self._parts_since
+            for name, value in self._parts.items():
+                logs[name] = self.accelerator.reduce(value, "sum").item() / steps
+            self._parts = {}
+        super().log(logs, start_time)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._micro_batch = 0 if self.accelerator.sync_gradients else getattr(self, "_micro_batch", 0) + 1
         if not math.isfinite(loss.item()):
             step = self.state.global_step
             per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
