@@ -1,5 +1,6 @@
 """README.md tells the truth: its code runs, its commands and flags exist, its links lead somewhere."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -65,3 +66,12 @@ def test_links_and_paths_exist():
     paths = set(re.findall(r"`([\w.]+(?:/[\w.]+)*/|[\w/]*\.(?:md|txt|toml|py|ci/run))`", README))
     assert links and paths
     assert [name for name in sorted(links | paths) if not (ROOT / name).exists()] == []
+
+
+def test_training_figures_are_those_of_the_record():
+    result = json.loads((ROOT / "eval/results/train-tunnel-1m.json").read_text(encoding="utf-8"))["result"]
+    last = result["stages"][-1]
+    figures = [f"{result['seconds']:.0f} s for", f"{sum(stage['tokens'] for stage in result['stages']):,} tokens"]
+    assert [
+        text for text in (*figures, f"{last['held_out_bits_per_byte']:.3f} bits per byte") if text not in README
+    ] == []
