@@ -60,8 +60,10 @@ class BuildNative(build_ext):
                 return None
             return name
 
-        # Threads of the OpenMP pool that torch has, or, from a compiler without it, threads started at each call.
-        for threads in (["-fopenmp"], ["-DMC_STD_THREADS", "-pthread"]):
+        # Threads of the OpenMP pool that torch has (on Linux libgomp's, called by name, so that any compiler will do),
+        # or, from a compiler without OpenMP, threads started at each call.
+        pool = "-DMC_GOMP" if sys.platform == "linux" else "-fopenmp"
+        for threads in ([pool], ["-DMC_STD_THREADS", "-pthread"]):
             flags = [*NATIVE_FLAGS, *threads, *extra]
             sets = {"portable": []}
             if platform.machine().lower() in ("x86_64", "amd64"):

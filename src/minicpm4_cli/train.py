@@ -2,8 +2,7 @@
 
 minicpm4 train tunnel-1m --text books/ --held-out books/emma.txt --output runs/tunnel
 minicpm4 train recipe.json --set stages.0.num_steps=200 --set stages.0.learning_rate=3e-3
-minicpm4 train recipe.json --resume
-torchrun --nproc_per_node 2 -m minicpm4_cli train recipe.json
+minicpm4 train recipe.json --resume --json
 """
 
 import json

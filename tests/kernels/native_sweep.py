@@ -16,8 +16,10 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from definitions import causal_mask, check_rounding, check_sparse_parity, make_inputs, masked_attention
+from small_models import SMALL_SPARSE, build_model
+from transformers import DynamicCache
 
-from minicpm4_hf.kernels.cpu import attention, isa_names, load_library
+from minicpm4_hf.kernels.cpu import attention, decoder_layer, isa_names, load_library
 from minicpm4_hf.kernels.cpu.linear import MAX_ROWS, linear
 from minicpm4_hf.kernels.dense import dense_attention
 from minicpm4_hf.kernels.infllm_v2 import sparse_attention
@@ -61,6 +63,23 @@ def sweep_linear(rows):
     return 3 * 16
 
 
+def sweep_layer(sparse):
+    """Decoder layers in one call, against the same in parts: keys that the call itself puts into the cache."""
+    model, ids = build_model(8, sparse=sparse).to(torch.bfloat16), torch.arange(100)[None] % 97
+    packed = decoder_layer._pack_attention
+    results = []
+    for pack in (packed, lambda *args, **kwargs: (None, ())):
+        decoder_layer._pack_attention = pack
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            results.append(
+                [model(part, past_key_values=cache).logits for part in ids.split([70, 1, 4, 1, 7, 1, 16], 1)]
+            )
+    decoder_layer._pack_attention = packed
+    assert all(map(torch.equal, *results))
+    return len(results[0])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
@@ -74,6 +93,8 @@ def main():
             cases += sweep_attention(dtype, dim, group, share)
     for rows in range(1, MAX_ROWS + 1):
         cases += sweep_linear(rows)
+    for sparse in (None, SMALL_SPARSE):
+        cases += sweep_layer(sparse)
     print(json.dumps({"isa": load_library().isa, "isas": isa_names(), "threads": arguments.threads, "cases": cases}))
 
 

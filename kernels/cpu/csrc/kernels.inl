@@ -10,7 +10,13 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
-#if defined(_OPENMP)
+#if defined(MC_GOMP)
+extern "C" {
+void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned);
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+}
+#elif defined(_OPENMP)
 #include <omp.h>
 #endif
 #if defined(MC_STD_THREADS)

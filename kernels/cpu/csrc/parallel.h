@@ -11,6 +11,10 @@ static inline void parallel_run(int64_t num_threads, const Body &body) {
     for (int i = 1; i < num_threads; i++) team.emplace_back([&, i] { body(i, (int)num_threads); });
     body(0, (int)num_threads);
     for (auto &t : team) t.join();
+#elif defined(MC_GOMP)
+    // What `#pragma omp parallel` is to g++; said by name, clang too uses the pool of the libgomp that torch has loaded.
+    GOMP_parallel([](void *data) { (*(const Body *)data)(omp_get_thread_num(), omp_get_num_threads()); },
+                  (void *)&body, (unsigned)num_threads, 0);
 #elif defined(_OPENMP)
 #pragma omp parallel num_threads((int)num_threads)
     body(omp_get_thread_num(), omp_get_num_threads());
