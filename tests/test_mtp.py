@@ -91,7 +91,8 @@ def test_loss_is_that_of_the_equations(sparse, tokens):
 
 
 def test_loss_is_that_of_the_logits_that_transformers_drafts_from(tokens, tmp_path):
-    build_mtp_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    # a large eps, so that the scale of the embeddings shows
+    build_mtp_model(tie_word_embeddings=True, rms_norm_eps=0.05).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, with_mtp_head=True)
     drafter = MtpModel.from_pretrained(model)
     head = {name.removeprefix("mtp."): p for name, p in model.named_parameters() if name.startswith("mtp.")}
@@ -195,6 +196,16 @@ def test_positions_and_masks_as_collators_make_them_change_nothing(tokens):
     torch.testing.assert_close(
         model(ids, labels=ids, attention_mask=torch.ones_like(mask)).mtp_loss, model(ids, labels=ids).mtp_loss
     )
+
+
+def test_masked_tokens_inside_a_row_change_nothing(tokens):
+    model, ids = build_mtp_model(), tokens(1, 30)
+    mask = torch.ones_like(ids)
+    mask[0, 10:13] = 0
+    labels = torch.where(mask == 1, ids, -100)
+    others = torch.where(mask == 1, ids, 95 - ids)
+    losses = [model(row, attention_mask=mask, labels=labels).mtp_loss for row in (ids, others)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("length", [1, 2])
@@ -305,6 +316,11 @@ def test_drafting_gives_the_greedy_text(trained, sparse, tokens, tmp_path):
     if trained:
         assert torch.equal(greedy[0, 88:], ids[0, :24])
         assert len(calls) <= 14  # one reads the prompt, and each of the others gives two tokens
+
+
+def test_drafting_with_an_attached_head_is_refused(tokens):
+    with pytest.raises(ValueError, match="save the model, load it without `with_mtp_head`"):
+        build_mtp_model().generate(tokens(1, 10), use_mtp=True, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("shards", ["50GB", "40KB"], ids=["one-file", "shards"])

@@ -402,8 +402,7 @@ class MiniCPM4ForCausalLM(MiniCPM4PreTrainedModel, GenerationMixin):
         """Attach a new head for multi-token prediction, in place, with the model's own initialisation.
 
         From then on `forward` with labels trains it with the model, and `save_pretrained` saves it. Call this before
-        the model is given to an optimizer, to PEFT or to `gradient_checkpointing_enable`. `generate(use_mtp=True)`
-        reads the head from the folder that the model was loaded from: save and load before drafting with it.
+        the model is given to an optimizer, to PEFT or to `gradient_checkpointing_enable`.
 
         Raises:
             ValueError: there is a head already.
@@ -416,6 +415,14 @@ class MiniCPM4ForCausalLM(MiniCPM4PreTrainedModel, GenerationMixin):
         self.mtp = head.train(self.training)
         self.config.num_mtp_layers = 1
         return self
+
+    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+        if getattr(generation_config, "use_mtp", None) and self.mtp is not None:
+            raise ValueError(
+                "`use_mtp=True` drafts with the MTP head in the folder that a model was loaded from, and this model "
+                "has one attached, to train it; save the model, load it without `with_mtp_head`, and generate there."
+            )
+        return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Float32 logits `[B, T, vocab]` of final states `[B, T, hidden]`."""
@@ -532,9 +539,8 @@ class MiniCPM4ForCausalLM(MiniCPM4PreTrainedModel, GenerationMixin):
             follows = attention_mask[:, :-1].bool() & attention_mask[:, 1:].bool()
             keys = F.pad(follows, (0, 1), value=True)
         targets = F.pad(labels, (0, 2), value=-100)[:, 2:]
-        targets = targets.masked_fill(F.pad(~follows, (0, 1)).to(labels.device), -100)
+        targets = targets.masked_fill(F.pad(~follows, (0, 1)), -100)
 
-        embeds = embeds.to(hidden_states.device)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=embeds,
