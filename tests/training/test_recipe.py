@@ -87,6 +87,9 @@ def test_what_is_no_recipe_is_named(write):
         load_recipe(write("[]"))
     with pytest.raises(ValueError, match="the recipe lacks 'output'"):
         load_recipe(write({}))
+    unsaved = {**SMALL["stages"][0], "checkpoint_every": 0}
+    with pytest.raises(ValueError, match="'long' keeps the optimizer's averages of 'short', which saves none"):
+        load_recipe(write({**SMALL, "stages": [unsaved, {**unsaved, "name": "long"}]}))
     twice = {**SMALL, "stages": SMALL["stages"] * 2}
     with pytest.raises(ValueError, match="names must differ, got short, short"):
         load_recipe(write(twice))

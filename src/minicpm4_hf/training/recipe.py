@@ -182,6 +182,12 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"The stages' names must differ, got {', '.join(names)}.")
+        for before, stage in zip(self.stages, self.stages[1:]):
+            if stage.keep_moments and not before.checkpoint_every:
+                raise ValueError(
+                    f"Stage {stage.name!r} keeps the optimizer's averages of {before.name!r}, which saves none: give "
+                    f"{before.name!r} a `checkpoint_every`, or set `keep_moments` of {stage.name!r} to false."
+                )
         if self.text.held_out and self.text.held_out_share:
             raise ValueError("Give `text.held_out` or `text.held_out_share`, not both.")
         if any(stage.evaluate_every for stage in self.stages) and not (self.text.held_out or self.text.held_out_share):

@@ -46,8 +46,8 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> dict:
     """Train, and return what was reached.
 
     Args:
-        resume: go on with the run that `recipe.output` holds; the recipe must be the same but for `num_steps` and
-            what does not change the losses.
+        resume: go on with the run that `recipe.output` holds; the recipe must be the same but for what does not
+            change the losses (how often is logged, evaluated and saved, and where to).
 
     Returns:
         `model`: the finished folder; `stages`: for each its last loss and evaluation; `seconds`.
@@ -55,8 +55,10 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> dict:
     Raises:
         ValueError: the recipe does not fit the text, the machine, or the run that the folder holds; an unfit folder.
         TrainingStopped: a loss that is not finite, or no room for a checkpoint.
+        ImportError: matplotlib is missing.
     """
     started = time.monotonic()
+    _figure_class(), _sources(recipe)  # what is missing is said before the folder is taken
     disable_progress_bar()  # of every file that is written or read; the log tells of the progress
     output = Path(recipe.output)
     # The Trainer's settings join the group of processes; its state is what everything else asks.
@@ -308,8 +310,8 @@ def _finish(trainer: MiniCPM4Trainer, folder: Path, tokenizer, summary: dict, st
     state.wait_for_everyone()
 
 
-def write_curve(records: list[dict], path: Path) -> None:
-    """Draw the losses of a log as an SVG.
+def _figure_class():
+    """matplotlib's `Figure`.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -320,7 +322,16 @@ def write_curve(records: list[dict], path: Path) -> None:
         raise ImportError(
             "Drawing the loss needs matplotlib; it comes with `pip install minicpm4-hf[train]`."
         ) from error
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    return Figure
+
+
+def write_curve(records: list[dict], path: Path) -> None:
+    """Draw the losses of a log as an SVG.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = _figure_class()(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss, nats a token")
     for key, label in (("loss", "training"), ("eval_loss", "held out")):
         points = [(record["step"], record[key]) for record in records if key in record]
