@@ -1,14 +1,15 @@
-"""Time a kernel against PyTorch's dense attention on the same tensors, after a parity check on them.
+"""Time a kernel against PyTorch's dense form on the same tensors, after a parity check on them.
 
     python -m minicpm4_hf.kernels.bench --op infllm_v2
     python -m minicpm4_hf.kernels.bench --op infllm_v2 --shape 8b-32k-decode --repeats 30 --json speed.json
     python -m minicpm4_hf.kernels.bench --op dense --shape 0.5b-32k-prefill --dtype bfloat16 --device cpu
     python -m minicpm4_hf.kernels.bench --op infllm_v2 --device cuda --dtype bfloat16
     python -m minicpm4_hf.kernels.bench --op infllm_v2 --device cuda --dtype bfloat16 --shape 8b-2x128k-s64-training
+    python -m minicpm4_hf.kernels.bench --op lowbit --shape 4096x4096-r1 --shape 11008x4096-r16 --group 64
 
-The candidates take turns, over so many different inputs that none finds its keys in a cache. Two ceilings of the
-machine are measured in the same turns: the rate of a large matrix product, and how fast memory is read. The last line
-of stdout is one JSON document.
+The candidates take turns, over so many different inputs that none finds its keys or weights in a cache. Two ceilings
+of the machine are measured in the same turns: the rate of a large matrix product, and how fast memory is read. The
+last line of stdout is one JSON document.
 """
 
 import argparse
@@ -18,21 +19,18 @@ import platform
 import re
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from minicpm4_hf.kernels import BACKENDS, resolve_backend
+from minicpm4_hf.kernels import BACKENDS
+from minicpm4_hf.kernels.bench import lowbit
 from minicpm4_hf.kernels.bench.cuda import GPU_DEFAULTS, describe_gpu, gpu_cases, measure_case, print_case
 from minicpm4_hf.kernels.bench.registry import OPS, Op, Shape, measure_parity
+from minicpm4_hf.kernels.bench.timing import COLD_BYTES, MATMUL, MEMORY, ceilings, time_in_turns
 
 DTYPES = ("float32", "bfloat16", "float16")
-COLD_BYTES = 256 * 1024 * 1024  # more than the last-level cache of today's CPUs and GPUs
-SLOW_SECONDS = 30  # a candidate that has taken so long in all is called three times, not more
-MATMUL, MEMORY = "torch matmul 2048", "memory read"  # the ceilings
 
 
 def describe_machine(device: str) -> dict:
@@ -46,46 +44,6 @@ def describe_machine(device: str) -> dict:
     if torch.device(device).type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(device)
     return machine
-
-
-def time_in_turns(
-    candidates: dict[str, Callable], repeats: int, device: str, calls: int = 1
-) -> dict[str, list[float]]:
-    """Call each candidate with 0 .. `calls` - 1, once to warm up and then in turns; milliseconds a call.
-
-    Decoding takes several calls a turn, as the layers of a model follow one another: alone, a call of a tenth of a
-    millisecond would mostly measure how long its own code takes to come from memory.
-    """
-    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    times_ms = {name: [] for name in candidates}
-    for turn in range(repeats + 1):
-        for name, call in candidates.items():
-            if len(times_ms[name]) >= 3 and calls * sum(times_ms[name]) > SLOW_SECONDS * 1e3:
-                continue
-            synchronize()
-            start = time.perf_counter()
-            for i in range(calls):
-                call(i)
-            synchronize()
-            seconds = time.perf_counter() - start
-            if turn or seconds > SLOW_SECONDS:  # nothing to warm up in that
-                times_ms[name].append(seconds / calls * 1e3)
-    return times_ms
-
-
-def ceilings(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable, float]]:
-    """What the machine can do at best: a call, and the operations (matrix product) or bytes (memory) of it."""
-    square = torch.randn(2048, 2048, device=device).to(dtype)
-    rows = COLD_BYTES // (4096 * 2)
-    if torch.device(device).type == "cpu" and resolve_backend("cpu")[0] == "cpu":
-        from minicpm4_hf.kernels.cpu.linear import linear
-
-        weight, x = torch.randn(rows, 4096).bfloat16(), torch.randn(1, 4096).bfloat16()
-        read = lambda i: linear(x, weight)  # noqa: E731
-    else:
-        weight = torch.randn(rows, 2048, device=device)
-        read = lambda i: weight.sum()  # noqa: E731
-    return {MATMUL: (lambda i: square @ square, 2 * 2048**3), MEMORY: (read, weight.numel() * weight.itemsize)}
 
 
 def bench_shape(
@@ -184,13 +142,17 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     shapes = "; ".join(f"{name}: {', '.join(op.shapes)}" for name, op in OPS.items())
-    parser.add_argument("--op", required=True, choices=OPS)
+    parser.add_argument("--op", required=True, choices=(*OPS, lowbit.OP))
     parser.add_argument(
         "--shape",
         action="append",
         metavar="NAME",
         help=f"repeatable (default: the 8K ones, on a GPU those with a target). {shapes}; on a GPU also {{8b,0.5b}}-"
-        "BATCHxLENGTHk-sBLOCKS-{prefill,attention,training} and {8b,0.5b}-1xLENGTHk-s96-decode",
+        "BATCHxLENGTHk-sBLOCKS-{prefill,attention,training} and {8b,0.5b}-1xLENGTHk-s96-decode; "
+        f"{lowbit.OP}: OUTPUTSxINPUTS-rROWS (default: {', '.join(lowbit.DEFAULT_SHAPES)})",
+    )
+    parser.add_argument(
+        "--group", type=int, default=128, metavar="N", help=f"{lowbit.OP}: columns that share a scale (default: 128)"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument(
@@ -206,12 +168,20 @@ def main(argv: list[str] | None = None) -> int:
     """Run the bench; 0 when done, 1 when a backend is wrong, 2 for a wrong argument."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    op = OPS[args.op]
+    op = OPS.get(args.op)
     cases = gpu_cases() if args.device == "cuda" and args.op == "infllm_v2" else {}
-    names = args.shape or list(GPU_DEFAULTS if cases else op.default_shapes)
-    for name in names:
-        if name not in op.shapes and name not in cases:
-            parser.error(f"--shape {name} is not one of {', '.join((*op.shapes, *cases))}")
+    if op is None:
+        names = args.shape or list(lowbit.DEFAULT_SHAPES)
+        packed = {name: lowbit.parse_case(name, args.group) for name in names}
+        for name, case in packed.items():
+            reason = "it is not OUTPUTSxINPUTS-rROWS" if case is None else lowbit.check_case(case)
+            if reason:
+                parser.error(f"--shape {name}: {reason}")
+    else:
+        names = args.shape or list(GPU_DEFAULTS if cases else op.default_shapes)
+        for name in names:
+            if name not in op.shapes and name not in cases:
+                parser.error(f"--shape {name} is not one of {', '.join((*op.shapes, *cases))}")
     if args.repeats < 2:
         parser.error(f"--repeats must be at least 2, got {args.repeats}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -235,6 +205,12 @@ def main(argv: list[str] | None = None) -> int:
     for name in names:
         print(f"timing {name}", file=sys.stderr)
         try:
+            if op is None:
+                backend = args.backend[0] if args.backend else "auto"
+                result = lowbit.measure(packed[name], getattr(torch, args.dtype), args.device, args.repeats, backend)
+                lowbit.print_table(name, result)
+                document["shapes"][name] = result
+                continue
             if name in cases:
                 document["shapes"][name] = measure_case(
                     cases[name], getattr(torch, args.dtype), args.device, args.repeats, document["ceilings"]

@@ -24,12 +24,16 @@ from minicpm4_hf.kernels.cpu.library import (
     load_library,
     tensor_fields,
 )
-from minicpm4_hf.kernels.cpu.linear import MAX_ROWS, linear, pack_layer, rope_tables, serves
+from minicpm4_hf.kernels.cpu.linear import MAX_ROWS, linear, rope_tables, serves
+from minicpm4_hf.kernels.cpu.packed import PackedWeight, int4_weight, pack_weights, ternary_weight
+from minicpm4_hf.quantization import Int4Linear, TernaryLinear
 from minicpm4_hf.sparse_cache import GrowingLayer
 
 _SILU = type(ACT2FN["silu"])
-_WEIGHT, _FORWARDS = itemgetter("weight"), repeat("forward")
+_ACT_ORDER, _FORWARDS = itemgetter("act_order"), repeat("forward")
 _SPARSE_SETTINGS = ("kernel_size", "kernel_stride", "block_size", "init_blocks", "window_size", "topk")
+# Where a module's tensors are not just its `weight`.
+_TENSORS = {TernaryLinear: ("weight", "weight_scale"), Int4Linear: ("qweight", "scales")}
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -38,15 +42,30 @@ def _is_plain(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.Linear
-        and module.bias is None
-        and module.weight.dtype == torch.bfloat16
-        and module.weight.device.type == "cpu"
-        and module.weight.is_contiguous()
-        and _is_plain(module)
-    )
+def _weight_of(module: nn.Module) -> torch.Tensor | PackedWeight | None:
+    """What a linear layer multiplies with and nothing beside it: bfloat16 `[N, K]` or packed; None for any other."""
+    kind = type(module)
+    if not _is_plain(module) or getattr(module, "bias", None) is not None:
+        return None
+    if kind is nn.Linear:
+        weight = module.weight
+        plain = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
+        return weight if plain else None
+    if kind is TernaryLinear:
+        return ternary_weight(module.weight, module.weight_scale)
+    if kind is Int4Linear and not module.act_order:
+        return int4_weight(module.qweight, module.scales)
+    return None
+
+
+def _shape(weight: torch.Tensor | PackedWeight) -> tuple[int, int]:
+    """Outputs and inputs."""
+    return (weight.out_features, weight.in_features) if isinstance(weight, PackedWeight) else tuple(weight.shape)
+
+
+def _kind(weight: torch.Tensor | PackedWeight) -> tuple:
+    """What weights that one native call takes side by side have in common."""
+    return weight.kind if isinstance(weight, PackedWeight) else (weight.dtype, weight.shape[1])
 
 
 def _is_plain_norm(module: nn.Module) -> bool:
@@ -54,23 +73,26 @@ def _is_plain_norm(module: nn.Module) -> bool:
 
 
 def fused_linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """`module(x)` for a plain bfloat16 linear layer and at most eight rows; None where that is not so."""
-    if not _is_plain_linear(module) or not serves(x, module.weight):
-        return None
-    return linear(x, module.weight)
+    """`module(x)` for a plain linear layer, bfloat16 or packed, and at most eight rows; None where that is not so."""
+    weight = _weight_of(module)
+    return None if weight is None or not serves(x, weight) else linear(x, weight)
+
+
+def _projections_of(layer) -> list[nn.Module]:
+    owners = [layer.self_attn] * 4 + [layer.mlp] * 3
+    return [getattr(owner, name) for owner, name in zip(owners, _PROJECTIONS)]
 
 
 class LayerPlan:
-    """A decoder layer of plain bfloat16 modules as the native code takes it; good while `still_holds`.
+    """A decoder layer of plain modules, bfloat16 or packed, as the native code takes it; good while `still_holds`.
 
     At one token, looking at a layer's modules anew costs as much as some of their products; this remembers what it
     saw, and afterwards compares identities and addresses only.
     """
 
-    def __init__(self, layer):
+    def __init__(self, layer, weights: list):
         attention, mlp = layer.self_attn, layer.mlp
-        owners = [attention] * 4 + [mlp] * 3
-        linears = [getattr(owner, name) for owner, name in zip(owners, _PROJECTIONS)]
+        linears = _projections_of(layer)
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         leaves = [*linears, *norms]
         owned = {layer: ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")}
@@ -80,44 +102,49 @@ class LayerPlan:
         self.modules, self.types = modules, [type(module) for module in modules]
         self.attributes = [module.__dict__ for module in modules]
         self.hooks = [h for module in modules for h in (module._forward_hooks, module._forward_pre_hooks)]
-        self.parameters = [module._parameters for module in leaves]
-        self.weights = [module.weight for module in leaves]
+        used = [(module, name) for module in leaves for name in _TENSORS.get(type(module), ("weight",))]
+        self.names = [name for _, name in used]
+        self.holders = [m._parameters if name in m._parameters else m._buffers for m, name in used]
+        self.tensors = list(map(dict.__getitem__, self.holders, self.names))
+        self.orders = [module.__dict__ for module in linears if type(module) is Int4Linear]
         self.seen = self._look()
         self.norms = [(norm.weight, norm.variance_epsilon) for norm in norms]
         self.head_dim = attention.head_dim
         self.num_heads, self.num_key_heads = (p.out_features // self.head_dim for p in linears[:2])
         self.middle_features = mlp.gate_proj.out_features
         self.scale = layer.residual_scale
-        q, k, v, o, gate, up, down = self.weights[:7]
+        self.weights = weights
+        q, k, v, o, gate, up, down = weights
         rope = (self.num_heads + self.num_key_heads, self.head_dim)
-        self.projection = pack_layer(q, k, v, norm=self.norms[0], rope=rope)
+        self.projection = pack_weights((q, k, v), norm=self.norms[0], rope=rope)
         self.rest = (
-            pack_layer(o, residual_scale=self.scale),
-            pack_layer(up, gate=gate, norm=self.norms[1]),
-            pack_layer(down, residual_scale=self.scale),
+            pack_weights((o,), residual_scale=self.scale),
+            pack_weights((up,), gate=gate, norm=self.norms[1]),
+            pack_weights((down,), residual_scale=self.scale),
         )
 
-    @staticmethod
-    def serves(layer) -> bool:
-        """Whether the layer is plain: no adapter, no quantised or hooked module, SiLU."""
+    @classmethod
+    def make(cls, layer) -> "LayerPlan | None":
+        """The plan of a plain layer (no adapter, no hooked module, no bias, SiLU), None for any other."""
         attention, mlp = layer.self_attn, layer.mlp
-        return (
-            _is_plain(attention)
+        weights = [_weight_of(module) for module in _projections_of(layer)]
+        plain = (
+            all(weight is not None for weight in weights)
+            and _is_plain(attention)
             and _is_plain(mlp)
             and type(mlp).forward is LlamaMLP.forward
             and type(mlp.act_fn) is _SILU
-            and all(_is_plain_linear(getattr(attention, name)) for name in _PROJECTIONS[:4])
-            and all(_is_plain_linear(getattr(mlp, name)) for name in _PROJECTIONS[4:])
             and _is_plain_norm(layer.input_layernorm)
             and _is_plain_norm(layer.post_attention_layernorm)
-            and LayerPlan._fits(layer)
+            and cls._fits(layer, weights)
         )
+        return cls(layer, weights) if plain else None
 
     @staticmethod
-    def _fits(layer) -> bool:
-        """Whether the shapes fit together, which native code does not ask."""
-        q, k, v, o = (getattr(layer.self_attn, name).weight.shape for name in _PROJECTIONS[:4])
-        gate, up, down = (getattr(layer.mlp, name).weight.shape for name in _PROJECTIONS[4:])
+    def _fits(layer, weights: list) -> bool:
+        """Whether shapes and kinds fit together, which native code does not ask."""
+        q, k, v, o, gate, up, down = map(_shape, weights)
+        kinds = [_kind(weight) for weight in weights]
         size, dim = layer.input_layernorm.weight.numel(), layer.self_attn.head_dim
         return (
             layer.post_attention_layernorm.weight.numel() == size == q[1] == gate[1]
@@ -128,14 +155,17 @@ class LayerPlan:
             and down == (size, gate[0])
             and q[0] % k[0] == 0
             and k[0] % dim == 0
+            and kinds[0] == kinds[1] == kinds[2]
+            and kinds[4] == kinds[5]
         )
 
     def _look(self) -> tuple:
         return (
             [get(modules) for get, modules in self.children],
-            list(map(id, map(_WEIGHT, self.parameters))),
-            list(map(torch.Tensor.data_ptr, self.weights)),
-            list(map(torch.Tensor.stride, self.weights)),
+            list(map(id, map(dict.__getitem__, self.holders, self.names))),
+            list(map(torch.Tensor.data_ptr, self.tensors)),
+            list(map(torch.Tensor.stride, self.tensors)),
+            list(map(_ACT_ORDER, self.orders)),
         )
 
     def still_holds(self) -> bool:
@@ -154,23 +184,24 @@ _plans: WeakKeyDictionary[nn.Module, LayerPlan] = WeakKeyDictionary()
 def _plan_of(layer) -> LayerPlan | None:
     plan = _plans.get(layer)
     if plan is None or plan.scale != layer.residual_scale or not plan.still_holds():
-        if not LayerPlan.serves(layer):
-            return None
-        plan = _plans[layer] = LayerPlan(layer)
+        plan = LayerPlan.make(layer)
+        if plan is not None:
+            _plans[layer] = plan
     return plan
 
 
 def fused_decoder_layer(layer, hidden_states: torch.Tensor, *, position_embeddings, **kwargs) -> torch.Tensor | None:
     """What `MiniCPM4DecoderLayer.forward` returns, or None where this does not serve the call.
 
-    It serves plain bfloat16 layers (no adapter, no quantised or hooked module, SiLU) on the CPU without gradients.
+    It serves plain layers in bfloat16 or with packed weights (no adapter, no hooked module, SiLU) on the CPU without
+    gradients.
     """
     if hidden_states.dtype != torch.bfloat16 or hidden_states.device.type != "cpu" or not hidden_states.numel():
         return None
     attention, plan = layer.self_attn, _plan_of(layer)
     if plan is None or attention.needs_unrotated:
         return None
-    if torch.is_grad_enabled() and (hidden_states.requires_grad or any(w.requires_grad for w in plan.weights)):
+    if torch.is_grad_enabled() and (hidden_states.requires_grad or any(t.requires_grad for t in plan.tensors)):
         return None
     run = _few_rows if hidden_states.numel() <= MAX_ROWS * hidden_states.shape[-1] else _many_rows
     return run(plan, attention, hidden_states, position_embeddings, kwargs)
@@ -184,7 +215,7 @@ def _attend(plan: LayerPlan, attention, projected: torch.Tensor, kwargs: dict) -
 
 
 def _many_rows(plan: LayerPlan, attention, hidden_states, position_embeddings, kwargs) -> torch.Tensor:
-    q, k, v, o, gate, up, down = plan.weights[:7]
+    q, k, v, o, gate, up, down = plan.weights
     rope = (*position_embeddings, plan.num_heads + plan.num_key_heads)
     projected = linear(hidden_states, q, k, v, norm=plan.norms[0], rope=rope)
     attended = _attend(plan, attention, projected, kwargs)

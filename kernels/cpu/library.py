@@ -17,13 +17,13 @@ import torch
 ISA_VARIABLE = "MINICPM4_CPU_ISA"
 # Loads another build of the library, such as one with a sanitizer.
 LIBRARY_VARIABLE = "MINICPM4_CPU_LIBRARY"
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Layouts of the structs in csrc/abi.h: all fields are 8 bytes wide.
 ATTENTION_ARGS = struct.Struct("25qd32q")
 POOL_ARGS = struct.Struct("17q")
-LINEAR_CALL, LINEAR_LAYER = struct.Struct("10q"), struct.Struct("11q2d2q")  # the two halves of `mc_linear_args`
+LINEAR_CALL, LINEAR_LAYER = struct.Struct("10q"), struct.Struct("11q2d11q")  # the two halves of `mc_linear_args`
 ROWWISE_ARGS = struct.Struct("10qd4q")
 NO_TENSOR = (0, 0, 0, 0)
 

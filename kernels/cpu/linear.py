@@ -1,34 +1,37 @@
-"""Linear layers in bfloat16 with what stands around them in a decoder layer.
+"""Linear layers in bfloat16 with what stands around them in a decoder layer; weights in bfloat16 or packed.
 
-At one to eight rows the product itself is native, straight from torch's row-major weights; above, torch's matrix
-product runs, and the norm, rotation, activation and residual sum are one native pass each.
+At one to eight rows the product itself is native, straight from the weights as they are stored; above, torch's matrix
+product runs (the native one for packed weights), and the norm, rotation, activation and residual sum are one native
+pass each.
 """
 
 import torch
 
 from minicpm4_hf.kernels.cpu.attention import LIBRARY
-from minicpm4_hf.kernels.cpu.library import LINEAR_CALL, LINEAR_LAYER, ROWWISE_ARGS, check_result, load_library
+from minicpm4_hf.kernels.cpu.library import LINEAR_CALL, ROWWISE_ARGS, check_result, load_library
+from minicpm4_hf.kernels.cpu.packed import PackedWeight, matmul, pack_weights
 
 MAX_ROWS = 8
 
 
-def serves(x: torch.Tensor, weight: torch.Tensor, max_rows: int | None = MAX_ROWS) -> bool:
+def serves(x: torch.Tensor, weight: torch.Tensor | PackedWeight, max_rows: int | None = MAX_ROWS) -> bool:
     """Whether the native code takes `x [..., K]` and `weight [N, K]`: bfloat16, CPU, no gradient, few rows."""
+    is_packed = isinstance(weight, PackedWeight)
     return (
         x.dtype == torch.bfloat16
-        and weight.dtype == torch.bfloat16
+        and (is_packed or weight.dtype == torch.bfloat16)
         and x.numel() > 0
         and (max_rows is None or x.numel() <= max_rows * x.shape[-1])
         and x.device.type == "cpu"
-        and weight.is_contiguous()
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and (is_packed or weight.is_contiguous())
+        and not (torch.is_grad_enabled() and (x.requires_grad or (not is_packed and weight.requires_grad)))
     )
 
 
 def linear(
     x: torch.Tensor,
-    *weights: torch.Tensor,
-    gate: torch.Tensor | None = None,
+    *weights: torch.Tensor | PackedWeight,
+    gate: torch.Tensor | PackedWeight | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
     residual: tuple[torch.Tensor, float] | None = None,
     rope: tuple[torch.Tensor, torch.Tensor, int] | None = None,
@@ -39,7 +42,7 @@ def linear(
 
     Args:
         x: bfloat16 `[..., K]`, any number of rows.
-        weights: bfloat16 `[N, K]`, contiguous.
+        weights: bfloat16 `[N, K]`, contiguous, or packed ones of one kind.
         gate: a weight like the only other one; the result is `silu(x @ gate.T) * (x @ weight.T)`.
         norm: RMSNorm's weight `[K]` and epsilon, applied to `x` first.
         residual: `[..., N]` and a factor; the result is `residual + result * factor`.
@@ -57,9 +60,9 @@ def linear(
         residual = residual[0].reshape(rows.shape[0], -1).contiguous(), residual[1]
     if rows.shape[0] > MAX_ROWS:
         return _many_rows(rows, weights, gate, norm, residual, rope).view(*x.shape[:-1], -1)
-    out = x.new_empty(*x.shape[:-1], sum(weight.shape[0] for weight in weights))
-    layer = pack_layer(
-        *weights,
+    out = x.new_empty(*x.shape[:-1], sum(map(count_outputs, weights)))
+    layer = pack_weights(
+        weights,
         gate=gate,
         norm=norm,
         residual_scale=0.0 if residual is None else residual[1],
@@ -71,29 +74,9 @@ def linear(
     return out
 
 
-def pack_layer(
-    *weights: torch.Tensor,
-    gate: torch.Tensor | None = None,
-    norm: tuple[torch.Tensor, float] | None = None,
-    residual_scale: float = 0.0,
-    rope: tuple[int, int] = (0, 0),
-) -> bytes:
-    """What stays the same in all calls of a native linear layer, as `linear` takes it; `rope`: heads, head size."""
-    sizes = [weight.shape[0] for weight in weights]
-    missing = (0,) * (3 - len(weights))
-    return LINEAR_LAYER.pack(
-        *(weight.data_ptr() for weight in weights),
-        *missing,
-        0 if gate is None else gate.data_ptr(),
-        *sizes,
-        *missing,
-        len(weights),
-        weights[0].shape[1],
-        sum(sizes),
-        *((0, 0.0) if norm is None else (norm[0].data_ptr(), norm[1])),
-        residual_scale,
-        *rope,
-    )
+def count_outputs(weight: torch.Tensor | PackedWeight) -> int:
+    """N of a weight `[N, K]`."""
+    return weight.out_features if isinstance(weight, PackedWeight) else weight.shape[0]
 
 
 def pack_call(x, out, residual=None, tables=None) -> bytes:
@@ -116,10 +99,15 @@ def rope_tables(rope) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _many_rows(x, weights, gate, norm, residual, rope) -> torch.Tensor:
-    """`linear` over `[rows, K]` with torch's matrix product."""
+    """`linear` over `[rows, K]` with torch's matrix product, or the native one for packed weights."""
     if norm is not None:
         x = _rowwise(_NORM, x, norm[0], torch.empty_like(x, memory_format=torch.contiguous_format), number=norm[1])
-    if len(weights) == 1:
+    gates = None
+    if isinstance(weights[0], PackedWeight):
+        out = matmul(x, *weights, *([] if gate is None else [gate]))  # x is brought into order once
+        if gate is not None:
+            out, gates = out.chunk(2, -1)
+    elif len(weights) == 1:
         out = x @ weights[0].mT
     else:
         out = x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
@@ -128,7 +116,7 @@ def _many_rows(x, weights, gate, norm, residual, rope) -> torch.Tensor:
             torch.mm(x, weight.mT, out=out[:, begin : begin + weight.shape[0]])
             begin += weight.shape[0]
     if gate is not None:
-        out = _rowwise(_GATE, x @ gate.mT, out, out)
+        out = _rowwise(_GATE, x @ gate.mT if gates is None else gates, out, out)
     if residual is not None:
         out = _rowwise(_ADD, residual[0], out, out, number=residual[1])
     if rope is not None:

@@ -41,8 +41,13 @@ struct mc_pool_args {
     int64_t num_threads;
 };
 
+// Weights: bfloat16 [N, K], or codes with scales (lowbit.h has the layouts; scales [N, K / group_size], for MC_INT4
+// [K / group_size, N]).
+enum { MC_DENSE = 0, MC_TERNARY = 1, MC_INT4 = 2, MC_INT8 = 3 };
+
 // out[m, n] = sum_k x[m, k] * weight[n, k], bfloat16 in and out, float32 sums; one to eight rows.
 // Up to three weights side by side (query, key, value): their outputs follow one another in out's last dimension.
+// Packed weights take any number of rows and float32 as well, but then nothing around.
 // Around it, where the pointer or number is not 0, and rounded to bfloat16 after each step as torch's operators do:
 //   norm_weight  RMSNorm of x first
 //   gate         out = silu(x . gate) * (x . weight)
@@ -63,6 +68,11 @@ struct mc_linear_args {
     const void *norm_weight;
     double norm_eps, residual_scale;
     int64_t rope_heads, head_dim;
+    int64_t format, dtype;
+    // packed weights
+    const void *scales[3], *gate_scales;
+    int64_t scale_type, group_size;
+    const int32_t *group_of_column;  // [K], or null where groups lie in order; MC_INT4 only
 };
 
 // A decoder layer at one to eight rows: query, key and value; attention; its output, gate and up, down.

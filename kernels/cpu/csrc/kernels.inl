@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 #if defined(MC_GOMP)
@@ -36,6 +36,9 @@ namespace {
 #include "attend.h"
 #include "pool.h"
 #include "rowwise.h"
+#include "dense.h"
+#include "lowbit.h"
+#include "matmul.h"
 #include "linear.h"
 }  // namespace
 

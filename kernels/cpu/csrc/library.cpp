@@ -68,7 +68,7 @@ MC_EXPORT const char *mc_isa_name(int64_t i) {
     return nullptr;
 }
 
-MC_EXPORT int64_t mc_abi_version() { return 3; }
+MC_EXPORT int64_t mc_abi_version() { return 4; }
 
 MC_EXPORT int mc_attention(const mc_attention_args *args) { return g_isa->kernels->attention(*args); }
 MC_EXPORT int mc_pool(const mc_pool_args *args) { return g_isa->kernels->pool(*args); }

@@ -6,7 +6,8 @@ typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef float vf_any __attribute__((vector_size(W * 4), aligned(4), may_alias));  // at any address
 
-#define MC_INLINE static inline __attribute__((always_inline))
+#define MC_MEMBER inline __attribute__((always_inline))
+#define MC_INLINE static MC_MEMBER
 #define MC_UNROLL _Pragma("GCC unroll 16")
 
 struct bf16 { uint16_t bits; };

@@ -1,9 +1,10 @@
-"""The door between the model and its kernels: registers the attention function and picks a backend by device.
+"""The door between the model and its kernels: registers attention and packed products, picks a backend by device.
 
 Nothing heavy is imported here; a kernel's module is loaded at its first call.
 """
 
 import os
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -189,6 +190,18 @@ def use_fused_layers(enabled: bool = True) -> None:
     global _fused_layers_enabled
     _fused_layers_enabled = enabled
 
+
+def _packed_linear(name: str, *arguments):
+    from minicpm4_hf.kernels.lowbit import run_best
+
+    return run_best(name, *arguments)
+
+
+# `minicpm4_hf.quantization` defines these operators in plain PyTorch, which stays what other devices run.
+_PACKED_OPERATORS = torch.library.Library("minicpm4_hf", "IMPL")
+for _name in ("ternary_linear", "int4_linear", "int8_linear"):
+    for _device in ("CPU", "CUDA"):
+        _PACKED_OPERATORS.impl(_name, partial(_packed_linear, _name), _device)
 
 AttentionInterface.register("infllm_v2", infllm_v2_forward)
 # Without a mask function of the same name transformers would pass no mask, and padding would be attended to.
