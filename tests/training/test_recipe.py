@@ -55,6 +55,7 @@ def test_settings_are_replaced(write):
         (["stages.0.num_steps=2", "stages.0.decay_steps=2"], "its 1 steps of warm-up and 2 of decay together, got 2"),
         (["stages.0.length=1"], "length` must be at least 2, got 1"),
         (["stages.0.name=../up"], "becomes a folder"),
+        (["stages.0.name=model"], "must not be one of model, ternary, tokenizer, shards, .* got 'model'"),
         (["stages.0.log_every=7"], r"must be a multiple of `log_every` \(7\)"),
         (["stages.0.sparse_config.topk=0"], "topk"),
         (["stages.0.decay_type=steep", "stages.0.decay_steps=2"], "`decay_type` must be one of exponential"),
@@ -70,6 +71,12 @@ def test_settings_are_replaced(write):
         (["model=somewhere"], "exactly one of `model`"),
         (["tokenizer=somewhere"], "exactly one of `tokenizer`"),
         (["architecture=null", "model=m"], "keeps its tokenizer"),
+        (['stages.0.selection={"weight": 1}'], "needs a `sparse_config` of its own"),
+        (["architecture.vocab_size=9"], r"`architecture\.vocab_size` cannot be set: the tokenizer decides it"),
+        (["architecture.sparse_config.topk=9"], "a stage decides it"),
+        (["architecture.hiden_size=9"], r"`architecture\.hiden_size` is no field .* did you mean hidden_size"),
+        (["architecture.hidden_size=many"], "`architecture`: .*'hidden_size' expected int, got str"),
+        (["architecture.num_attention_heads=3"], "must be a multiple of `num_key_value_heads`"),
         (['text.held_out=["x"]'], "not both"),
         (["text.held_out_share=0", "stages.0.evaluate_every=2"], "needs held-out text"),
     ],
@@ -98,5 +105,6 @@ def test_what_is_no_recipe_is_named(write):
 def test_shipped_recipes_are_whole():
     recipe = load_recipe(shipped_recipe("tunnel-1m"))
     assert [stage.sparse_config is None for stage in recipe.stages] == [True, False]
-    with pytest.raises(ValueError, match=r"There is no recipe 'none': give a \.json file, or one of tunnel-1m"):
+    names = "minicpm4-books, minicpm4-books-ternary, tunnel-1m"
+    with pytest.raises(ValueError, match=rf"There is no recipe 'none': give a \.json file, or one of {names}"):
         shipped_recipe("none")

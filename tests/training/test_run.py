@@ -72,6 +72,7 @@ def test_a_run_from_text_to_a_checkpoint(recipe_file, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(run / "model", dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     assert model.dtype == torch.bfloat16 and model.config.sparse_config["topk"] == 3
+    assert model.config.use_cache  # or it would generate without a cache
     assert "sou" in tokenizer.decode(tokenizer("sou").input_ids)
     assert model.generate(**tokenizer("ba", return_tensors="pt"), max_new_tokens=3).shape[1] > 3
 
@@ -124,6 +125,18 @@ def test_a_run_with_a_head_for_the_second_token_and_fp8(recipe_file, tmp_path):
     ids = AutoTokenizer.from_pretrained(run / "model")("ba cou di", return_tensors="pt").input_ids
     options = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(plain.generate(ids, **options), plain.generate(ids, use_mtp=True, **options))
+
+
+def test_a_run_that_trains_the_selection(recipe_file, tmp_path):
+    run_recipe(load_recipe(recipe_file, ['stages.1.selection={"weight": 0.5, "num_queries": 4}']))
+    short, long = (
+        [line for line in read_log(tmp_path / "run" / stage) if "loss" in line] for stage in ("short", "long")
+    )
+    assert len(long) == 4 and not any("selection_loss" in line for line in short)
+    for line in long:
+        assert line["selection_loss"] > 0
+        assert line["loss"] == pytest.approx(line["ntp_loss"] + 0.5 * line["selection_loss"], rel=1e-5)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").config.sparse_config is not None
 
 
 KILLED_RUN = """
@@ -196,6 +209,26 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch(recipe_file, monkeypatch
     assert main(["train", str(recipe_file)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "The loss is nan at step 4, in the batch of sequences 12 to 15" in error
+
+
+def test_stages_that_have_not_begun_may_change(recipe_file, tmp_path, capsys):
+    recipe = json.loads(recipe_file.read_text())
+    first, second = recipe["stages"]
+
+    def train(stages, *flags):
+        recipe_file.write_text(json.dumps({**recipe, "stages": stages}))
+        return main(["train", str(recipe_file), *flags])
+
+    assert train([first]) == 0
+    published = tmp_path / "run" / "model" / "model.safetensors"
+    before = published.read_bytes()
+    assert train([first, {**second, "num_steps": 5}], "--resume") == 0
+    assert published.read_bytes() != before
+    assert [record["step"] for record in read_log(tmp_path / "run" / "long") if "loss" in record] == [1, 2, 3, 4, 5]
+    assert train([first, second], "--resume") == 2
+    assert "with another `stages.1.num_steps` (5, now 4)" in capsys.readouterr().err
+    assert train([first], "--resume") == 2  # one that has begun cannot be taken away
+    assert "with another `stages`" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_named(recipe_file, tmp_path, corpus, capsys):

@@ -44,7 +44,7 @@ def resolve_sources(sources, split_documents: str) -> list[tuple[str, Path | Non
     found = []
     for source in [sources] if isinstance(sources, (str, os.PathLike)) else sources:
         if isinstance(source, str) and source.startswith("hub:"):
-            _parse_hub(source)
+            parse_hub(source)
             found.append((source, None))
             continue
         path = Path(source)
@@ -153,7 +153,7 @@ def _read_hub(source: str, text_field: str) -> Iterator[str]:
         import datasets
     except ImportError as error:
         raise ImportError(f"Reading a data set of the Hub needs datasets; {TRAIN_EXTRA}.") from error
-    name, options = _parse_hub(source)
+    name, options = parse_hub(source)
     rows = datasets.load_dataset(
         name, options["config"], split=options["split"], revision=options["revision"], streaming=True
     )
@@ -161,7 +161,7 @@ def _read_hub(source: str, text_field: str) -> Iterator[str]:
         yield _text_of(row, text_field, f"{source!r}, row {number}")
 
 
-def _parse_hub(source: str) -> tuple[str, dict]:
+def parse_hub(source: str) -> tuple[str, dict]:
     """`hub:OWNER/NAME?split=test` -> `OWNER/NAME` and `{"config": None, "split": "test", "revision": None}`."""
     name, _, query = source.removeprefix("hub:").partition("?")
     options = {"config": None, "split": "train", "revision": None}
@@ -177,7 +177,7 @@ def _parse_hub(source: str) -> tuple[str, dict]:
 
 def pin_revision(source: str) -> str:
     """The same data set at the commit that its revision is now, so that a build can go on over the same rows."""
-    name, options = _parse_hub(source)
+    name, options = parse_hub(source)
     if not re.fullmatch("[0-9a-f]{40}", options["revision"] or ""):
         options["revision"] = HfApi().dataset_info(name, revision=options["revision"]).sha
     return f"hub:{name}?" + urllib.parse.urlencode({key: value for key, value in options.items() if value})

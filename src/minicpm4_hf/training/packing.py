@@ -5,8 +5,7 @@
 
 The documents stand one after the other in an order of their own each epoch, and are cut every `length` tokens. A
 document that is cut goes on in the next sequence as a segment of its own. In every segment `position_ids` count from
-0, from which transformers' mask functions derive a block-diagonal causal mask when the model gets neither an attention
-mask nor a cache (`masking_utils.find_packed_sequence_indices`).
+0, from which the model knows where one begins when it gets neither an attention mask nor a cache.
 
 Several sources, and the length buckets of each, are streams of such sequences; sequence i belongs to one of them. A
 run is resumed by going on with the next i, on any number of processes. With transformers' `Trainer` set
@@ -119,7 +118,7 @@ def split_held_out(
 def cu_seqlens(position_ids: torch.Tensor) -> torch.Tensor:
     """Where the segments of packed rows begin, the rows laid one after the other, and last the number of all tokens.
 
-    A segment begins with each row and wherever a position is not the one before plus 1.
+    A segment begins with each row and wherever a position is not above the one before, as in the model.
 
     Args:
         position_ids: `[T]` or `[B, T]`, integers.
@@ -134,7 +133,7 @@ def cu_seqlens(position_ids: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"`position_ids` must be [T] or [B, T] and not empty, got {list(position_ids.shape)}.")
     rows = position_ids if position_ids.ndim == 2 else position_ids[None]
     begins = torch.ones_like(rows, dtype=torch.bool)
-    begins[:, 1:] = rows.diff(dim=1) != 1
+    begins[:, 1:] = rows.diff(dim=1) <= 0
     starts = begins.flatten().nonzero().flatten()
     return torch.cat([starts, starts.new_tensor([rows.numel()])]).to(torch.int32)
 

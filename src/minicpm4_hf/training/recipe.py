@@ -7,17 +7,25 @@ attention (dense, or InfLLM v2), a schedule and a number of steps. MiniCPM4's sh
 """
 
 import dataclasses
+import difflib
 import json
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minicpm4_hf.configuration_minicpm4 import complete_sparse_config
+from huggingface_hub.errors import StrictDataclassError
+
+from minicpm4_hf.configuration_minicpm4 import MiniCPM4Config, complete_sparse_config
+from minicpm4_hf.training.distillation import DistillSettings
+from minicpm4_hf.training.mixture import SyntheticSettings
 from minicpm4_hf.training.packing import LengthBuckets
+from minicpm4_hf.training.qat import TernarySettings
 from minicpm4_hf.training.schedule import WSDSettings
+from minicpm4_hf.training.selection import SelectionSettings
 
 PRECISIONS = ("bf16", "fp32")
+TAKEN_NAMES = ("model", "ternary", "tokenizer", "shards")  # folders of a run besides its stages'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +62,10 @@ class Stage:
             stable.
         sparse_config: InfLLM v2 settings from this stage on, or None for dense attention.
         context: positions that the model reaches from this stage on, by LongRoPE extension; None leaves them.
+        synthetic: steps on generated sequences among those on text, see `SyntheticSettings`; None for none.
+        selection: train the choice of blocks directly, see `SelectionSettings`; None for not.
+        ternary: quantisation-aware training from this stage on, see `TernarySettings`; None for full precision.
+        distill: learn from a teacher, see `DistillSettings`; None for the text alone.
         buckets: draw the lengths of documents in equal shares of 0-4K, 4-12K, 12-24K and 24-32K tokens, as the paper's
             long stage does; or the bounds.
         keep_moments: go on with the optimizer's averages of the stage before.
@@ -74,6 +86,10 @@ class Stage:
     floor_share: float = 0.05
     sparse_config: dict | None = None
     context: int | None = None
+    synthetic: SyntheticSettings | None = None
+    selection: SelectionSettings | None = None
+    ternary: TernarySettings | None = None
+    distill: DistillSettings | None = None
     buckets: list[int] | None = None
     keep_moments: bool = True
     log_every: int = 10
@@ -90,6 +106,11 @@ class Stage:
         _at_least(f"{self.name}.length", self.length, 2)
         if not self.name or self.name.startswith(".") or "/" in self.name or "\\" in self.name:
             raise ValueError(f"A stage's `name` becomes a folder and must be a plain word, got {self.name!r}.")
+        if self.name in TAKEN_NAMES:
+            raise ValueError(
+                f"A stage's `name` must not be one of {', '.join(TAKEN_NAMES)}, which a run has for other folders, "
+                f"got {self.name!r}."
+            )
         if self.checkpoint_every % self.log_every:
             raise ValueError(
                 f"`checkpoint_every` of stage {self.name!r} must be a multiple of `log_every` ({self.log_every}), so "
@@ -102,6 +123,10 @@ class Stage:
             )
         if self.sparse_config is not None:
             complete_sparse_config(self.sparse_config)
+        elif self.selection is not None and self.selection.sparse_config is None:
+            raise ValueError(
+                f"`selection` of the dense stage {self.name!r} needs a `sparse_config` of its own, to train for."
+            )
         self.schedule  # noqa: B018  (its checks)
         self.length_buckets  # noqa: B018
 
@@ -129,7 +154,7 @@ class Recipe:
         output: folder of the run.
         text: the text.
         stages: one after another, at least one.
-        model: a folder or Hub name to go on training; or
+        model: a folder or Hub name to go on training, or "minicpm4-books", the checkpoint that is shipped; or
         architecture: fields of `MiniCPM4Config` of a new model.
         tokenizer: a folder or Hub name; by default the model's own; or
         vocab_size: of a new tokenizer, trained on the text.
@@ -137,8 +162,10 @@ class Recipe:
         mup: muP's initial weights and learning rates (`minicpm4_hf.training.mup`); False for the standard ones.
         init_std: of the new model's embeddings.
         mtp_loss_weight: of the loss of a head that predicts a second token; 0 for no head.
-        fp8: linear layers in FP8 (`minicpm4_hf.training.fp8`).
+        fp8: linear layers in FP8 (`minicpm4_hf.training.fp8`), but in ternary stages.
         precision: "bf16" (matrix products under autocast, float32 weights) or "fp32".
+        fsdp: shard weights, gradients and moments over the processes (`minicpm4_hf.training.fsdp`, which also says
+            what "bf16" means then); False gives every process all of them.
         weight_decay, beta1, beta2, epsilon, clip_norm: AdamW; the defaults are those of MiniCPM4's scripts.
         report_to: trackers of transformers' Trainer ("tensorboard", "wandb", ...), besides the local log and curve.
 
@@ -159,6 +186,7 @@ class Recipe:
     mtp_loss_weight: float = 0.0
     fp8: bool = False
     precision: str = "bf16"
+    fsdp: bool = False
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -175,6 +203,8 @@ class Recipe:
             )
         if self.model is not None and self.vocab_size is not None:
             raise ValueError("A model that goes on training keeps its tokenizer: leave out `vocab_size`.")
+        if self.architecture is not None:
+            _check_architecture(self.architecture)
         if self.precision not in PRECISIONS:
             raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
         if not self.stages:
@@ -188,10 +218,43 @@ class Recipe:
                     f"Stage {stage.name!r} keeps the optimizer's averages of {before.name!r}, which saves none: give "
                     f"{before.name!r} a `checkpoint_every`, or set `keep_moments` of {stage.name!r} to false."
                 )
+            if before.ternary is not None and stage.ternary is None:
+                raise ValueError(
+                    f"Stage {stage.name!r} follows the ternary {before.name!r} and must be ternary as well: give it "
+                    "the same `ternary`."
+                )
+        if self.fsdp and self.precision == "bf16" and self.stages[-1].ternary is not None:
+            raise ValueError(
+                "With `fsdp` and `precision` bf16 the layers get weights that are rounded to bfloat16 and have other "
+                "ternary codes than those that are saved: set `precision` to fp32, or `fsdp` to false."
+            )
+        if self.mtp_loss_weight and any(stage.distill is not None for stage in self.stages):
+            raise ValueError("`distill` is for the next token alone: set `mtp_loss_weight` to 0, or leave it out.")
         if self.text.held_out and self.text.held_out_share:
             raise ValueError("Give `text.held_out` or `text.held_out_share`, not both.")
         if any(stage.evaluate_every for stage in self.stages) and not (self.text.held_out or self.text.held_out_share):
             raise ValueError("`evaluate_every` needs held-out text: give `text.held_out` or `text.held_out_share`.")
+
+
+# Fields of `MiniCPM4Config` that other settings decide.
+_DECIDED = {"vocab_size": "the tokenizer", "sparse_config": "a stage", "mtp_loss_weight": "the recipe"}
+
+
+def _check_architecture(architecture: dict) -> None:
+    known = {field.name for field in dataclasses.fields(MiniCPM4Config)}
+    for name in architecture:
+        if name in _DECIDED:
+            raise ValueError(f"`architecture.{name}` cannot be set: {_DECIDED[name]} decides it.")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            raise ValueError(
+                f"`architecture.{name}` is no field of MiniCPM4Config"
+                + (f"; did you mean {close[0]}?" if close else ".")
+            )
+    try:
+        MiniCPM4Config(**architecture)
+    except StrictDataclassError as error:
+        raise ValueError(f"`architecture`: {' '.join(str(error).split())}") from error
 
 
 def _at_least(name: str, value: int, minimum: int) -> None:

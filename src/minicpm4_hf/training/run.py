@@ -3,8 +3,9 @@
     summary = run_recipe(load_recipe("recipe.json"))
 
 The output folder holds `tokenizer/` and `shards/` (made once), a folder for each stage (checkpoints, `log.jsonl`,
-`curve.svg`, and its finished `model/`), and `model/`, the last stage's. A run that was cut off goes on with
-`resume=True`: from its last checkpoint, with the losses of a run that was not.
+`curve.svg`, and its finished `model/`), and `model/`, the last stage's; where that is ternary, `model/` has the latent
+weights in float32, and `ternary/` is packed from them. A run that was cut off goes on with `resume=True`: from its
+last checkpoint, with the losses of a run that was not.
 """
 
 import dataclasses
@@ -12,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -25,12 +25,19 @@ from transformers.utils.logging import disable_progress_bar
 from minicpm4_hf.configuration_minicpm4 import MiniCPM4Config
 from minicpm4_hf.longrope import extend_context
 from minicpm4_hf.modeling_minicpm4 import MiniCPM4ForCausalLM
+from minicpm4_hf.training.distillation import Teacher
 from minicpm4_hf.training.documents import read_documents, resolve_sources
+from minicpm4_hf.training.fsdp import MOMENTS, ShardedMoments
+from minicpm4_hf.training.mixture import Mixture, SyntheticRows
+from minicpm4_hf.training.models import check_models, check_teachers, find_model
 from minicpm4_hf.training.mup import initialize_mup_, standard_parametrization
 from minicpm4_hf.training.packing import IGNORED, PackedDataset, split_held_out
-from minicpm4_hf.training.recipe import Recipe, Stage
+from minicpm4_hf.training.qat import use_ternary_linears_
+from minicpm4_hf.training.recipe import Recipe, Stage, load_recipe
 from minicpm4_hf.training.schedule import load_moments_
+from minicpm4_hf.training.selection import SelectionObserver
 from minicpm4_hf.training.shards import build_shards
+from minicpm4_hf.training.synthetic import Prose
 from minicpm4_hf.training.tokenizer import train_tokenizer
 from minicpm4_hf.training.trainer import (
     STAGING,
@@ -38,6 +45,7 @@ from minicpm4_hf.training.trainer import (
     MiniCPM4Trainer,
     build_arguments,
     read_log,
+    say,
     write_atomically,
 )
 
@@ -50,7 +58,8 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> dict:
             change the losses (how often is logged, evaluated and saved, and where to).
 
     Returns:
-        `model`: the finished folder; `stages`: for each its last loss and evaluation; `seconds`.
+        `model`: the finished folder; `ternary`: the packed one, or None; `stages`: for each its last loss and
+        evaluation; `seconds`.
 
     Raises:
         ValueError: the recipe does not fit the text, the machine, or the run that the folder holds; an unfit folder.
@@ -59,6 +68,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> dict:
     """
     started = time.monotonic()
     _figure_class(), _sources(recipe)  # what is missing is said before the folder is taken
+    check_models(recipe)
     disable_progress_bar()  # of every file that is written or read; the log tells of the progress
     output = Path(recipe.output)
     # The Trainer's settings join the group of processes; its state is what everything else asks.
@@ -68,6 +78,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> dict:
         _claim(output, recipe, resume)
         tokenizer = _tokenizer(output, recipe)
         train, held_out = _text(output, recipe, tokenizer)
+    check_teachers(recipe, tokenizer)
     stages, folder = [], None
     for number, stage in enumerate(recipe.stages):
         before, folder = folder, output / stage.name
@@ -75,15 +86,19 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> dict:
         if not done.is_file():
             _run_stage(recipe, number, arguments[number], before, tokenizer, train, held_out, state)
         stages.append(json.loads(done.read_text(encoding="utf-8")))
+    ternary = recipe.stages[-1].ternary
     if state.is_main_process:
-        _publish(folder / "model", output / "model")
+        # Latent weights stay in float32: rounded ones would have other codes.
+        _publish(folder / "model", output / "model", torch.bfloat16 if ternary is None else torch.float32)
+        if ternary is not None:
+            _publish(folder / "model", output / "ternary", torch.bfloat16, quantization_config=ternary.quantization)
     state.wait_for_everyone()
-    return {"model": str(output / "model"), "stages": stages, "seconds": round(time.monotonic() - started, 1)}
-
-
-def _say(state: PartialState, line: str) -> None:
-    if state.is_main_process:
-        print(line, file=sys.stderr, flush=True)
+    return {
+        "model": str(output / "model"),
+        "ternary": None if ternary is None else str(output / "ternary"),
+        "stages": stages,
+        "seconds": round(time.monotonic() - started, 1),
+    }
 
 
 def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
@@ -98,8 +113,9 @@ def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
         return
     if not resume and PartialState().is_main_process:
         raise ValueError(f"{recipe.output!r} already holds a run: go on with `--resume`, or choose another `output`.")
-    before = json.loads(path.read_text(encoding="utf-8"))
-    differing = _difference(before, now)
+    before = dataclasses.asdict(load_recipe(path))  # with the defaults of settings that are newer than the run
+    begun = sum((output / stage["name"]).is_dir() for stage in before["stages"])  # later ones may still be changed
+    differing = _difference(*({**settings, "stages": settings["stages"][:begun]} for settings in (before, now)))
     if differing:
         raise ValueError(
             f"{recipe.output!r} holds a run with another {differing}; use the same recipe, or another `output`."
@@ -108,7 +124,7 @@ def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
 
 
 # What may change when a run goes on: none of it decides a loss before the change.
-_FREE = {"output", "report_to", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
+_FREE = {"output", "report_to", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "embeddings"}
 
 
 def _difference(before, now, name: str = "") -> str | None:
@@ -148,9 +164,9 @@ def _tokenizer(output: Path, recipe: Recipe):
     folder = output / "tokenizer"
     if not folder.is_dir():
         if recipe.vocab_size is None:
-            tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
+            tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or find_model(recipe.model))
         else:
-            _say(PartialState(), f"training a tokenizer of {recipe.vocab_size} tokens")
+            say(f"training a tokenizer of {recipe.vocab_size} tokens")
             documents = read_documents(
                 _sources(recipe)[0], text_field=recipe.text.text_field, split_documents=recipe.text.split_documents
             )
@@ -180,6 +196,7 @@ def build_model(recipe: Recipe, stage: Stage, source: str | Path | None, tokeniz
         ValueError: the architecture does not fit, or the context cannot be extended.
     """
     if source is not None:
+        source = find_model(source)
         config = AutoConfig.from_pretrained(source)
     else:
         # Long words stop at both: `</s>` ends a document, the tokenizer's own `eos` a chat turn.
@@ -205,7 +222,9 @@ def build_model(recipe: Recipe, stage: Stage, source: str | Path | None, tokeniz
         model.add_mtp_head_()
     if source is None:
         initialize_mup_(model, init_std=recipe.init_std)
-    if recipe.fp8:
+    if stage.ternary is not None:
+        use_ternary_linears_(model, group_size=stage.ternary.group_size)
+    elif recipe.fp8:
         from minicpm4_hf.training.fp8 import use_fp8_linears_
 
         use_fp8_linears_(model)
@@ -227,29 +246,46 @@ def _run_stage(recipe: Recipe, number: int, arguments, before, tokenizer, train,
         buckets=stage.length_buckets,
         seed=recipe.seed + number,
     )
+    if stage.synthetic is not None:
+        rows = SyntheticRows(
+            stage.synthetic, tokenizer, _prose(train, tokenizer), stage.length, seed=recipe.seed + number
+        )
+        dataset = Mixture(dataset, rows, stage.sequences_per_step)
     parameters = sum(weight.numel() for weight in model.parameters())
     attention = "dense" if stage.sparse_config is None else "sparse"
+    weights = "" if stage.ternary is None else f"ternary weights (group size {stage.ternary.group_size}), "
     tokens = stage.num_steps * stage.sequences_per_step * stage.length
     passes = max(dataset.passes().values())
-    _say(
-        state,
-        f"stage {stage.name}: {parameters:,} parameters, {attention} attention, {tokens:,} tokens "
+    say(
+        f"stage {stage.name}: {parameters:,} parameters, {weights}{attention} attention, {tokens:,} tokens "
         f"({passes:.2g} passes over the text) in {stage.num_steps:,} steps"
         + (f", going on after step {checkpoint.rpartition('-')[2]}" if checkpoint else ""),
     )
     evaluation = None if held_out is None else _evaluation_set(held_out, stage)
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    selection = None
+    if stage.selection is not None:
+        selection = SelectionObserver(model, stage.selection, stage.selection.sparse_config or stage.sparse_config)
     trainer = MiniCPM4Trainer(
         model,
         arguments,
         train_dataset=dataset,
         eval_dataset=evaluation,
         schedule=stage.schedule,
+        selection=selection,
+        teacher=stage.distill and Teacher(stage.distill, device=arguments.device, dtype=dtype),
         callbacks=[LocalLog(folder, stage.sequences_per_step * stage.length)],
     )
     if before is not None and stage.keep_moments and checkpoint is None:
-        load_moments_(trainer.create_optimizer(), _moments(before))
+        if recipe.fsdp:
+            trainer.add_callback(ShardedMoments(_moments_file(before, MOMENTS)))
+        else:
+            moments = torch.load(_moments_file(before, "optimizer.pt"), map_location="cpu", weights_only=True)
+            load_moments_(trainer.create_optimizer(), moments)
     trainer.train(resume_from_checkpoint=checkpoint)
     summary = {"name": stage.name, "steps": stage.num_steps, "tokens": tokens, "parameters": parameters}
+    if stage.ternary is not None:
+        summary["ternary_group_size"] = stage.ternary.group_size
     if evaluation is not None:
         loss = trainer.evaluate()["eval_loss"]
         counted, size = _count(evaluation, tokenizer)
@@ -257,20 +293,30 @@ def _run_stage(recipe: Recipe, number: int, arguments, before, tokenizer, train,
     _finish(trainer, folder, tokenizer, summary, state)
 
 
-def _moments(stage_folder: Path) -> dict:
-    """The optimizer's state at the end of a stage.
+def _moments_file(stage_folder: Path, name: str) -> Path:
+    """Where the optimizer's state at the end of a stage is.
 
     Raises:
-        ValueError: its last checkpoint has none that one process can read.
+        ValueError: its last checkpoint has none of this name.
     """
     checkpoint = get_last_checkpoint(stage_folder)
-    path = Path(checkpoint or stage_folder) / "optimizer.pt"
+    path = Path(checkpoint or stage_folder) / name
     if not path.is_file():
         raise ValueError(
-            f"Stage {stage_folder.name!r} left no {path.name} (no checkpoints, or sharded ones); set `keep_moments` "
-            "of the next stage to false."
+            f"The last checkpoint of stage {stage_folder.name!r} has no {name}; set `keep_moments` of the next stage "
+            "to false."
         )
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return path
+
+
+def _prose(documents, tokenizer) -> Prose:
+    """The documents that are trained on, to hide things in."""
+    special = {*tokenizer.all_special_ids}
+    books = []
+    for number in range(documents.num_documents):
+        ids = documents.document(number)
+        books.append(ids[int(ids[0] in special) : len(ids) - int(ids[-1] in special)])
+    return Prose(books, tokenizer)
 
 
 def _evaluation_set(held_out, stage: Stage) -> PackedDataset:
@@ -344,13 +390,13 @@ def write_curve(records: list[dict], path: Path) -> None:
     os.replace(partial, path)
 
 
-def _publish(source: Path, target: Path) -> None:
-    """The last stage's model in bfloat16, as the published ones are."""
+def _publish(source: Path, target: Path, dtype: torch.dtype, **options) -> None:
+    """Write the last stage's model in a dtype; `options` of `from_pretrained` may pack it."""
     partial = target.with_name(f".{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     has_head = AutoConfig.from_pretrained(source).num_mtp_layers is not None
     model = MiniCPM4ForCausalLM.from_pretrained(
-        source, dtype=torch.bfloat16, **({"with_mtp_head": True} if has_head else {})
+        source, dtype=dtype, **({"with_mtp_head": True} if has_head else {}), **options
     )
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(source).save_pretrained(partial)

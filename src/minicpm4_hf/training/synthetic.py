@@ -33,7 +33,7 @@ import numpy as np
 from numpy.random import Generator
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from minicpm4_hf.training.reference_checkpoint import IGNORED
+from minicpm4_hf.training.packing import IGNORED
 
 SPLITS = ("train", "test")
 # Of the words that are one token of the shipped vocabulary, with the space before.

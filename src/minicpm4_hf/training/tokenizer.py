@@ -1,4 +1,4 @@
-"""The tokenizer of the reference checkpoint: the official MiniCPM4 tokenizer in miniature.
+"""A tokenizer trained on given texts: the official MiniCPM4 tokenizer in miniature.
 
 A SentencePiece-style BPE with byte fallback that writes a space as `▁`. As in the official vocabulary, ids 0-2 are
 `<unk> <s> </s>`, the 256 byte tokens follow, and the eight chat and code tokens are the last ids, `<|im_end|>` before
@@ -36,9 +36,16 @@ TAIL_TOKENS = (
     "<|fim_suffix|>",
 )
 
+# The official template's text; `generation` marks what the assistant writes, which is what fine-tuning learns.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}"
+    "{{ message['content'] + '<|im_end|>' }}"
+    "{% endif %}"
+    "{{ '\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}"
     "{{ '<|im_start|>assistant\\n' }}"

@@ -9,11 +9,15 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from accelerate import PartialState
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from minicpm4_hf.training.distillation import Teacher
+from minicpm4_hf.training.fsdp import FSDPTrainer, fsdp_settings
 from minicpm4_hf.training.mup import mup_parameter_groups
 from minicpm4_hf.training.schedule import WSDSettings, build_scheduler
+from minicpm4_hf.training.selection import SelectionObserver
 
 STAGING = ".saving"  # a checkpoint is written here, and moved to its place when it is whole
 LOG = "log.jsonl"
@@ -76,6 +80,12 @@ def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def say(line: str) -> None:
+    """Tell the user on stderr, once for all processes."""
+    if PartialState().is_main_process:
+        print(line, file=sys.stderr, flush=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file beside `path`, then put it in place."""
     partial = path.with_name(f".{path.name}.partial")
@@ -83,11 +93,13 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-class MiniCPM4Trainer(Trainer):
+class MiniCPM4Trainer(FSDPTrainer):
     """A Trainer for MiniCPM4.
 
     Args:
         schedule: the learning rate over the steps.
+        teacher: of a distillation; evaluation is on the text alone.
+        selection: watches the model's attention for the loss of the selection.
 
     The peak learning rate and the weight decay are those of `args`, given to each kind of parameter as muP has it;
     with `hidden_size == dim_model_base` in the config that is the standard parametrisation. The data come in the order
@@ -97,10 +109,17 @@ class MiniCPM4Trainer(Trainer):
         TrainingStopped: the loss is not finite, or a checkpoint could not be written (the one before is whole).
     """
 
-    def __init__(self, *args, schedule: WSDSettings, **kwargs):
-        self.schedule = schedule
+    def __init__(
+        self,
+        *args,
+        schedule: WSDSettings,
+        teacher: Teacher | None = None,
+        selection: SelectionObserver | None = None,
+        **kwargs,
+    ):
+        self.schedule, self.teacher, self.selection = schedule, teacher, selection
         self._run_dir = None
-        self._parts = {}  # of the loss, with a head for a second token: sums since the last log, by name
+        self._parts = {}  # of a loss that has several: sums since the last log, by name
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)  # its lines would be among the results on stdout
 
@@ -126,13 +145,33 @@ class MiniCPM4Trainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         # A cache would hide from transformers' masks where packed documents begin.
         inputs = {**inputs, "use_cache": False}
+        if model.training and self.selection is not None:
+            self.selection.prepare(inputs["position_ids"], inputs["labels"])
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training and outputs.get("mtp_loss") is not None:
-            if not self._parts:
-                self._parts_since = self.state.global_step
-            for name in ("ntp_loss", "mtp_loss"):
-                self._parts[name] = self._parts.get(name, 0.0) + outputs[name]
+            self._add_parts(ntp_loss=outputs["ntp_loss"], mtp_loss=outputs["mtp_loss"])
+        if model.training and self.teacher is not None:
+            # `loss` is this process's share times their number: DDP and FSDP take the mean of the gradients.
+            processes = self.accelerator.num_processes
+            distance = self.teacher.divergence(outputs["logits"], inputs) / kwargs["num_items_in_batch"]
+            self._add_parts(ntp_loss=loss.detach() / processes, distill_loss=distance.detach())
+            weight = self.teacher.settings.weight
+            loss = (1 - weight) * loss + weight * processes * distance
+        if model.training and self.selection is not None:
+            # A mean; `loss` is a sum already divided by the tokens of the whole step.
+            distance = self.selection.take() / self.args.gradient_accumulation_steps
+            parts = {"selection_loss": distance}
+            if self.teacher is None and outputs.get("mtp_loss") is None:
+                parts["ntp_loss"] = loss
+            self._add_parts(**{name: part.detach() / self.accelerator.num_processes for name, part in parts.items()})
+            loss = loss + self.selection.settings.weight * distance
         return (loss, outputs) if return_outputs else loss
+
+    def _add_parts(self, **parts):
+        if not self._parts:
+            self._parts_since = self.state.global_step
+        for name, value in parts.items():
+            self._parts[name] = self._parts.get(name, 0.0) + value
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._parts:
@@ -200,7 +239,7 @@ def build_arguments(recipe, stage, folder: Path) -> TrainingArguments:
     """The Trainer's settings for a stage.
 
     Raises:
-        ValueError: the processes and the micro-batch do not divide the sequences of a step.
+        ValueError: the processes and the micro-batch do not divide the sequences of a step, or do not fit `fsdp`.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's and accelerate's
     at_once = stage.micro_batch * world_size
@@ -233,13 +272,15 @@ def build_arguments(recipe, stage, folder: Path) -> TrainingArguments:
         save_strategy="steps" if save else "no",
         save_steps=save or 1,
         save_total_limit=stage.keep_checkpoints,
+        use_cache=True,  # of the config that is saved; the default would make what is trained generate without a cache
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         report_to=recipe.report_to or "none",
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
+        **fsdp_settings(recipe.fsdp, world_size),
     )
 
 
-__all__ = ["LocalLog", "MiniCPM4Trainer", "TrainingStopped", "build_arguments", "read_log", "write_atomically"]
+__all__ = ["LocalLog", "MiniCPM4Trainer", "TrainingStopped", "build_arguments", "read_log", "say", "write_atomically"]
