@@ -1,51 +1,66 @@
-"""Convert checkpoints between the layouts of a MiniCPM4 checkpoint.
+"""Convert checkpoints between the formats that MiniCPM4 is used in.
 
-    python -m minicpm4_hf.conversion to-hf MiniCPM4-8B MiniCPM4-8B-hf
-    python -m minicpm4_hf.conversion to-official MiniCPM4-8B-hf MiniCPM4-8B-official
+    python -m minicpm4_hf.conversion ternary BitCPM4-1B BitCPM4-1B-packed
     python -m minicpm4_hf.conversion to-hf MiniCPM4-8B MiniCPM4-8B-hf --json > result.json
+    python -m minicpm4_hf.conversion legacy MiniCPM4-8B-hf MiniCPM4-8B-official --dry-run
 
 The exit code is 0, or 2 with one sentence on stderr when the input cannot be converted; OUT is then not there.
 """
 
 import argparse
+import importlib
 import json
 import signal
 import sys
 
-from .hf import convert_to_hf, convert_to_official
+from minicpm4_cli.convert import CONVERSIONS
 
-# Subcommand -> (function, help).
-COMMANDS = {
-    "to-hf": (convert_to_hf, "official layout -> minicpm4 layout, with remote code"),
-    "to-official": (convert_to_official, "minicpm4 layout -> official layout (model type minicpm)"),
-}
+from .output import in_words
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser(prog: str, command: str | None) -> argparse.ArgumentParser:
+    """The parser; only the module of `command` is imported, for its settings."""
     parser = argparse.ArgumentParser(
-        prog="python -m minicpm4_hf.conversion",
+        prog=prog,
         description=__doc__.partition("\n")[0],
         epilog=__doc__.partition("\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, description) in COMMANDS.items():
-        command = subparsers.add_parser(name, help=description, description=description)
-        command.add_argument("source", metavar="IN", help="folder with config.json and safetensors weights")
-        command.add_argument("output", metavar="OUT", help="folder to create; must not exist")
-        command.add_argument("--json", action="store_true", help="print the result as one JSON document")
-    arguments = parser.parse_args(argv)
-    function, _ = COMMANDS[arguments.command]
+    for name, (module, description) in CONVERSIONS.items():
+        subparser = subparsers.add_parser(name, help=description, description=description)
+        if name != command:
+            continue
+        subparser.add_argument("source", metavar="IN", help="what is converted, a checkpoint's folder in most cases")
+        subparser.add_argument("output", metavar="OUT", help="what to create; must not exist")
+        subparser.add_argument("--dry-run", action="store_true", help="check IN and say the sizes, but write nothing")
+        subparser.add_argument("--json", action="store_true", help="print the result as one JSON document")
+        _load(module).add_arguments(subparser)
+    return parser
+
+
+def _load(module: str):
+    """The module of a conversion, which has `add_arguments(parser)` and `run(args) -> dict`."""
+    name = f"{__package__}.{module}"
+    if importlib.util.find_spec(name) is None:
+        raise ImportError(f"This installation of minicpm4-hf lacks the conversion {name}; reinstall the package.")
+    return importlib.import_module(name)
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m minicpm4_hf.conversion") -> int:
+    argv = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # lets the half-made folder be removed
     try:
-        result = function(arguments.source, arguments.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        args = build_parser(prog, argv[0] if argv else None).parse_args(argv)
+        result = _load(CONVERSIONS[args.command][0]).run(args)
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    if arguments.json:
+    if args.json:
         print(json.dumps(result, indent=2))
     else:
-        print(f"{result['output']}: {len(result['files'])} files, {result['num_bytes'] / 1e9:.2f} GB")
+        summary = f"{result['output']}: {len(result['files'])} files, {in_words(result['num_bytes'])}"
+        print(result.get("summary", summary))
     return 0
 
 

@@ -9,9 +9,18 @@ import argparse
 import os
 import sys
 
-from . import chat, demo, generate, info, serve, train
+from . import chat, convert, demo, generate, info, serve, sft, train
 
-COMMANDS = {"demo": demo, "generate": generate, "chat": chat, "serve": serve, "train": train, "info": info}
+COMMANDS = {
+    "demo": demo,
+    "generate": generate,
+    "chat": chat,
+    "serve": serve,
+    "train": train,
+    "sft": sft,
+    "convert": convert,
+    "info": info,
+}
 
 
 class _Version(argparse.Action):
