@@ -4,12 +4,15 @@
     python -m minicpm4_hf.eval perplexity --model ./MiniCPM4-0.5B --text book.txt --context 32768 --dense --json
     python -m minicpm4_hf.eval perplexity --model ./MiniCPM4-8B --text book.txt --sparse topk=32 --output record.json
     python -m minicpm4_hf.eval speed --preset MiniCPM4-0.5B --against llama.cpp --output speed.json
+    python -m minicpm4_hf.eval ruler --model ./MiniCPM4-8B --lengths 4096 32768 --output ruler.json
+    python -m minicpm4_hf.eval tables
 
 The exit code is 0, or 2 with one sentence on stderr when the input is wrong; `speed` gives 1 when models that must
 agree do not.
 """
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -35,6 +38,13 @@ from minicpm4_hf.eval.speed.schedule import DisagreementError
 from minicpm4_hf.eval.tasks.perplexity import evaluate_perplexity, read_text
 
 VERSIONS = ("minicpm4-hf", "torch", "transformers", "tokenizers")
+# Subcommand -> its module, which has a `main(argv)` and is imported when asked for, and what it does.
+COMMANDS = {
+    "ruler": ("minicpm4_hf.eval.ruler.__main__", "RULER's thirteen tasks at any length, generated here"),
+    "longppl": ("minicpm4_hf.eval.longppl.__main__", "LongPPL: perplexity of the tokens that need the long context"),
+    "tables": ("minicpm4_hf.eval.tables.__main__", "the paper's tables and figures beside what was measured"),
+    "speed-figure": ("minicpm4_hf.eval.speed.figure", "grouped bars of a record of `speed`"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     perplexity.add_argument("--output", type=Path, metavar="RECORD.json", help="also write the record to this file")
     summary = "prompt and decode rates of whole models with random weights, side by side"
     add_speed_arguments(tasks.add_parser("speed", help=summary, description=summary))
+    for name, (_, summary) in COMMANDS.items():
+        tasks.add_parser(name, help=summary, add_help=False)
     return parser
 
 
@@ -108,7 +120,10 @@ def write_record(path: Path, record: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one task; 0, 1 for models that do not agree, or 2 for wrong input."""
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
+    args = build_parser().parse_args(words)
     try:
         if args.output and not args.output.parent.is_dir():
             raise ValueError(f"The folder of {str(args.output)!r} does not exist.")

@@ -17,7 +17,7 @@ from .report import build_document, describe_host, describe_versions, print_tabl
 from .schedule import GIB, Benchmark, Settings
 
 DTYPES = ("bfloat16", "float16", "float32")
-BASELINES = ("llama-sdpa", "qwen3-0.6b", "llama.cpp")  # what ratios are to, unless it is said
+BASELINES = ("llama-sdpa", "qwen3-0.6b", "qwen3-8b", "llama.cpp")  # what ratios are to, unless it is said
 EPILOG = """\
 examples:
   python -m minicpm4_hf.eval speed --output speed.json
@@ -46,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--contestants", nargs="+", choices=CONTESTANTS, metavar="NAME", help="default: all that are installed"
+        "--contestants",
+        nargs="+",
+        choices=CONTESTANTS,
+        metavar="NAME",
+        help="default: all that are installed, without glm-sdpa and the 8B shapes",
     )
     parser.add_argument(
         "--against",
@@ -126,7 +130,7 @@ def choose_contestants(asked: list[str] | None, against: list[str]) -> tuple[tup
             raise ValueError(f"--against {name} is not among the --contestants: {', '.join(asked)}.")
     if asked:
         return tuple(dict.fromkeys(asked)), {}
-    return tuple(name for name in CONTESTANTS if name not in absent), absent
+    return tuple(name for name, entry in CONTESTANTS.items() if name not in absent and not entry.by_name), absent
 
 
 def run_speed(args: argparse.Namespace) -> dict:

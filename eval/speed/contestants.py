@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GlmConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 from transformers.initialization import no_init_weights
 
 from minicpm4_hf import MiniCPM4Config
@@ -56,6 +56,41 @@ QWEN3_06B_SHAPE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     "tie_word_embeddings": True,
 }
+# Source: config.json of Qwen/Qwen3-8B.
+QWEN3_8B_SHAPE = {
+    **QWEN3_06B_SHAPE,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "tie_word_embeddings": False,
+}
+# Source: config.json of meta-llama/Meta-Llama-3-8B.
+LLAMA3_8B_SHAPE = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "tie_word_embeddings": False,
+}
+# Source: config.json of THUDM/glm-4-9b-chat-hf, which are also the defaults of transformers' GlmConfig.
+GLM4_9B_SHAPE = {
+    "vocab_size": 151552,
+    "hidden_size": 4096,
+    "intermediate_size": 13696,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
 # What a Llama of the same shape has in common with a MiniCPM4.
 SHAPE_FIELDS = (*TINY_SHAPE, "rms_norm_eps")
 
@@ -76,6 +111,17 @@ def llama_config(preset: str) -> LlamaConfig:
 def qwen3_config(preset: str) -> Qwen3Config:
     """Qwen3-0.6B, whatever the preset; a small one for "tiny"."""
     return Qwen3Config(**(TINY_SHAPE if preset == "tiny" else QWEN3_06B_SHAPE))
+
+
+def glm_config(preset: str) -> GlmConfig:
+    """A GLM with ours' shape; half of a head's values are rotated."""
+    ours = minicpm4_config(preset, sparse=False)
+    return GlmConfig(**{name: getattr(ours, name) for name in SHAPE_FIELDS})
+
+
+def fixed_config(config_class: type[PreTrainedConfig], shape: dict) -> Callable[[str], PreTrainedConfig]:
+    """A model of one shape whatever the preset, small for "tiny"."""
+    return lambda preset: config_class(**(TINY_SHAPE if preset == "tiny" else shape))
 
 
 def minicpm3_config(preset: str) -> PreTrainedConfig:
@@ -102,6 +148,7 @@ class Contestant:
     attention: str | None = None  # transformers' `attn_implementation`; None: the model's own choice
     engine: str = "torch"
     twin: str | None = None  # a contestant with the same weights, which must give the same logits
+    by_name: bool = False  # takes part only where it is asked for by name
 
 
 CONTESTANTS = {
@@ -113,6 +160,26 @@ CONTESTANTS = {
     "llama-eager": Contestant("the same, eager attention", llama_config, "eager", twin="llama-sdpa"),
     "minicpm3-sdpa": Contestant("transformers' MiniCPM3 (latent attention), SDPA", minicpm3_config, "sdpa"),
     "qwen3-0.6b": Contestant("transformers' Qwen3 in the shape of Qwen3-0.6B, SDPA", qwen3_config, "sdpa"),
+    "glm-sdpa": Contestant("transformers' GLM of ours' shape, SDPA", glm_config, "sdpa", by_name=True),
+    # Those of the MiniCPM4 report's figure 1, for the preset MiniCPM4-8B.
+    "qwen3-8b": Contestant(
+        "transformers' Qwen3 in the shape of Qwen3-8B, SDPA",
+        fixed_config(Qwen3Config, QWEN3_8B_SHAPE),
+        "sdpa",
+        by_name=True,
+    ),
+    "llama3-8b": Contestant(
+        "transformers' Llama in the shape of Llama-3-8B, SDPA",
+        fixed_config(LlamaConfig, LLAMA3_8B_SHAPE),
+        "sdpa",
+        by_name=True,
+    ),
+    "glm4-9b": Contestant(
+        "transformers' GLM in the shape of GLM-4-9B, SDPA",
+        fixed_config(GlmConfig, GLM4_9B_SHAPE),
+        "sdpa",
+        by_name=True,
+    ),
     "llama.cpp": Contestant(
         "llama.cpp, the Llama's weights in F16", llama_config, engine="llama.cpp", twin="llama-sdpa"
     ),

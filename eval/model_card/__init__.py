@@ -1,0 +1,1 @@
+"""Fill the shipped checkpoint's model card, and README's figures, from committed records."""
