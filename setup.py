@@ -22,6 +22,7 @@ for top in ("kernels", "conversion", "eval"):
 # SERVE is what `transformers serve` asks for.
 SERVE = ["accelerate>=1.10", "fastapi", "openai>=1.98", "pydantic>=2", "rich", "starlette", "uvicorn"]
 TRAIN = ["accelerate>=1.10", "datasets>=4", "matplotlib", "peft>=0.18"]
+SFT = ["trl>=1.16,<2"]
 DEV = ["pytest>=8", "ruff>=0.12"]
 
 # The native CPU kernels: one object file an instruction set, each with its own flags, chosen between at run time.
@@ -103,6 +104,7 @@ setup(
     package_data={
         "": ["py.typed", "*.jsonl", "*.jinja"],
         "minicpm4_hf": ["assets/*.txt", "assets/*.md", "checkpoints/*/*", "training/recipes/*.json"],
+        "minicpm4_hf.eval": ["*.json"],
     },
     ext_modules=[Extension("minicpm4_hf.kernels.cpu._native", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative},
@@ -110,11 +112,12 @@ setup(
     extras_require={
         "serve": SERVE,
         "train": TRAIN,
+        "sft": [*TRAIN, *SFT],
         "gpu": ["triton"],
-        "eval": ["datasets", "evaluate", "matplotlib"],
+        "eval": ["datasets", "evaluate", "matplotlib", "pyppmd"],
         "llama_cpp": ["llama-cpp-python>=0.3.36", "gguf>=0.19"],  # compiled at install
         "dev": DEV,
-        "test": [*DEV, *SERVE, *TRAIN],
+        "test": [*DEV, *SERVE, *TRAIN, *SFT],
     },
     entry_points={"console_scripts": ["minicpm4 = minicpm4_cli:main"]},
     classifiers=[

@@ -243,6 +243,20 @@ def test_a_packed_row_is_its_sequences_one_by_one(tokens, use_nope):
         torch.testing.assert_close(gradient, parameter.grad)
 
 
+@pytest.mark.parametrize("sparse", (False, True))
+def test_positions_that_skip_begin_no_sequence(tokens, sparse):
+    """As with a mask of ones, which says that the row is one sequence; at its end a second one begins."""
+    model = build_model() if sparse else build_model(sparse=None)
+    ids = tokens(1, 150)
+    positions = torch.cat([torch.arange(40), torch.arange(300, 390), torch.arange(1000, 1020)])[None]
+    wanted = model(ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    torch.testing.assert_close(model(ids, position_ids=positions, use_cache=False).logits, wanted)
+    alone = model(ids[:, :60], use_cache=False).logits
+    twice = torch.cat([ids, ids[:, :60]], 1), torch.cat([positions, torch.arange(60)[None]], 1)
+    both = model(twice[0], position_ids=twice[1], use_cache=False).logits
+    torch.testing.assert_close(both, torch.cat([wanted, alone], 1))
+
+
 def test_packed_sequences_with_a_cache_and_masks_with_gaps_are_refused(tokens):
     model = build_model()
     ids = tokens(1, 60)

@@ -13,6 +13,7 @@ from .longrope import extend_context, longrope_factors
 from .modeling_minicpm4 import FUSED_FUNCTIONS as _MODEL_FUSED_FUNCTIONS
 from .modeling_minicpm4 import MiniCPM4ForCausalLM, MiniCPM4ForSequenceClassification, MiniCPM4Model
 from .presets import PRESETS, build_config
+from .quantization import BitCPMConfig
 
 _MODEL_FUSED_FUNCTIONS.update(kernels.FUSED_FUNCTIONS)
 
@@ -20,6 +21,7 @@ __version__ = version("minicpm4-hf")
 
 __all__ = [
     "PRESETS",
+    "BitCPMConfig",
     "MiniCPM4Config",
     "MiniCPM4ForCausalLM",
     "MiniCPM4ForSequenceClassification",

@@ -37,7 +37,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_minicpm4 import MiniCPM4Config
-from .sparse_cache import SparsePlan, infllm_v2_attention_forward, plan_sparse_attention
+from .sparse_cache import SparsePlan, infllm_v2_attention_forward, plan_sparse_attention, sequence_positions
 
 logger = logging.get_logger(__name__)
 
@@ -320,6 +320,8 @@ class MiniCPM4Model(MiniCPM4PreTrainedModel):
             input_ids: `[B, T]` int64; multiplied by `scale_emb` after the embedding.
             attention_mask: `[B, TK]`, 1 for real tokens; sparse attention takes padding at either end of a row, but
                 no gaps.
+            position_ids: `[B, T]` or `[1, T]`. With neither a mask nor a cache, a row may hold several sequences: one
+                begins where the position is not above the one before.
             inputs_embeds: `[B, T, hidden]` instead of `input_ids`, already scaled by the caller (as upstream).
 
         Raises:
@@ -347,7 +349,7 @@ class MiniCPM4Model(MiniCPM4PreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
-                position_ids=position_ids,
+                position_ids=sequence_positions(position_ids) if past_key_values is None else None,
             )
         else:
             attention_mask = None
@@ -523,8 +525,8 @@ class MiniCPM4ForCausalLM(MiniCPM4PreTrainedModel, GenerationMixin):
             embeds: embeddings of the same tokens `[B, T, hidden]`, without `scale_emb`.
             labels: `[B, T]`, -100 for tokens that are no target.
             attention_mask: `[B, T]`, 1 for real tokens, or None.
-            position_ids: `[B, T]` or `[1, T]`. Without a mask, a position that is not the one before it plus 1 begins
-                a sequence, as in transformers' mask functions.
+            position_ids: `[B, T]` or `[1, T]`. Without a mask, a position that is not above the one before it begins
+                a sequence.
             num_items_in_batch: what the sum over the targets is divided by; their number if None. DeepSeek-V3
                 (arXiv:2412.19437, equation 24) divides both losses by the same number too.
 
@@ -534,7 +536,7 @@ class MiniCPM4ForCausalLM(MiniCPM4PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(labels.shape[1], device=labels.device)[None]
         if attention_mask is None:
-            follows, keys = position_ids.diff(dim=-1) == 1, None
+            follows, keys = position_ids.diff(dim=-1) > 0, None
         else:
             follows = attention_mask[:, :-1].bool() & attention_mask[:, 1:].bool()
             keys = F.pad(follows, (0, 1), value=True)
@@ -546,7 +548,7 @@ class MiniCPM4ForCausalLM(MiniCPM4PreTrainedModel, GenerationMixin):
             inputs_embeds=embeds,
             attention_mask=keys,
             past_key_values=None,
-            position_ids=position_ids,
+            position_ids=sequence_positions(position_ids),
         )
         states = self.mtp(
             hidden_states,

@@ -11,8 +11,11 @@ Source: InfLLM-V2 (arXiv:2509.24663) and MiniCPM4 (arXiv:2506.07900) for the met
 f908e73 and the official `modeling_minicpm.py` for what the papers leave open.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # K2, from which the log-sum-exp is estimated, is pooled four times as coarsely as K1: 128/64 for 32/16.
 COARSE = 4
@@ -20,9 +23,11 @@ COARSE = 4
 _LOG2_E = 1.4426950408889634
 # 2 ** 115 times a query group still fits float32: the estimated log-sum-exp can lie far below a true score.
 _MAX_EXPONENT = 115.0
-# Queries scored at a time, and queries that share one gather of the union of their blocks.
+# Queries scored at a time, and queries that share one gather of the union of their blocks: few, so that the union is
+# small, or many where a graph is recorded and each chunk costs a backward pass of its own.
 _SCORE_CHUNK = 128
 _ATTEND_CHUNK = 32
+_RECORDED_CHUNK = 128
 
 
 def count_pooled(num_tokens: int, kernel_size: int, kernel_stride: int) -> int:
@@ -205,8 +210,10 @@ def attend_blocks(
     chosen = chosen.expand(batch, heads, -1, -1)
     union = chosen.any(2)  # [B, H, NB]
     width = int(union.sum(-1).max())
-    if width == union.shape[-1]:
-        key_positions = torch.arange(min(width * block_size, num_keys), device=q.device)
+    recorded = _needs_graph(q, k, v)
+    # A gather costs more than keys that are masked, all the more backwards.
+    if width == union.shape[-1] or (recorded and 2 * width >= union.shape[-1]):
+        key_positions = torch.arange(min(union.shape[-1] * block_size, num_keys), device=q.device)
         mask = chosen.repeat_interleave(block_size, -1)[..., : len(key_positions)]
         k, v = k[:, :, : len(key_positions)], v[:, :, : len(key_positions)]
     else:
@@ -222,10 +229,32 @@ def attend_blocks(
     group = query_heads // heads
     # Added to the scores, not a bool mask: SDPA would turn that into one for every head of the group.
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
-    bias = bias.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(2, 3)
     q = q.reshape(batch, heads, group * num_queries, dim)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    if recorded:
+        out = _attend_by_products(q, k, v, bias, scale)
+    else:
+        bias = bias.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(2, 3)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return out.reshape(batch, query_heads, num_queries, dim)
+
+
+def _needs_graph(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _attend_by_products(q, k, v, bias, scale: float) -> torch.Tensor:
+    """Attention as two matrix products, of which CPUs compute the gradient three times as fast as SDPA's with a bias.
+
+    Args:
+        q: `[B, H, G * TQ, D]`.
+        k, v: `[B, H, keys, D]`.
+        bias: `[B, H, TQ, keys]`, the same for each query of a group.
+    """
+    # Autocast would have the softmax in float32 and twice the memory; the softmax sums in float32 by itself.
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q * scale) @ k.transpose(-1, -2)
+        weights = (scores.unflatten(2, (-1, bias.shape[2])) + bias.unsqueeze(2)).softmax(-1)
+        return weights.flatten(2, 3) @ v
 
 
 def _attend_aligned(q, k, v, q_select, compressed, settings, scale, lse_approx):
@@ -240,7 +269,11 @@ def _attend_aligned(q, k, v, q_select, compressed, settings, scale, lse_approx):
             compressed = pool_keys(k, size, stride), pool_keys(k, COARSE * size, COARSE * stride)
     offset = num_keys - num_queries
     # Written in place where no graph is recorded: small results kept between large temporaries splinter the heap.
-    needs_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    needs_graph = _needs_graph(q, k, v)
+    attend, attend_chunk = attend_blocks, _ATTEND_CHUNK
+    if needs_graph:  # the weights are computed again backwards: kept, they grow with TQ * TK, and are no faster
+        attend_chunk = _RECORDED_CHUNK
+        attend = partial(checkpoint, attend_blocks, use_reentrant=False, preserve_rng_state=False)
     pieces, out = [], q.new_empty(0 if needs_graph else q.shape)
     blocks = torch.empty(*k.shape[:2], num_queries, budget, dtype=torch.int32, device=q.device)
     # Chunks end at multiples of the chunk size among the keys, so that each shares one local window.
@@ -266,10 +299,10 @@ def _attend_aligned(q, k, v, q_select, compressed, settings, scale, lse_approx):
                 )
             chosen = select_blocks(scores, positions, num_blocks, **choice)
             blocks[:, :, rows] = list_blocks(chosen, budget)
-        for first in range(0, end - begin, _ATTEND_CHUNK):
-            few = slice(first, min(first + _ATTEND_CHUNK, end - begin))
+        for first in range(0, end - begin, attend_chunk):
+            few = slice(first, min(first + attend_chunk, end - begin))
             some = slice(rows.start + few.start, rows.start + few.stop)
-            attended = attend_blocks(
+            attended = attend(
                 q[:, :, some], k, v, chosen[:, :, few], positions[few], block_size=block_size, scale=scale
             )
             if needs_graph:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .sparse_attention import COARSE, count_pooled, dense_attention, pool_keys, sparse_attention
@@ -307,6 +308,18 @@ def _first_keys(attention_mask: torch.Tensor | None, num_keys: int) -> torch.Ten
     return first
 
 
+def sequence_positions(position_ids: torch.Tensor) -> torch.Tensor:
+    """Where each token stands in its own sequence of a packed row, counted from 0 without gaps; `[B, T]` int64.
+
+    A sequence begins where the position is not above the one before. transformers' mask functions begin one wherever
+    the position is not the one before plus 1, and would cut a sequence whose positions skip (PoSE, arXiv:2309.10400);
+    given these positions they do not.
+    """
+    places = torch.arange(position_ids.shape[-1], device=position_ids.device).expand(position_ids.shape)
+    begins = F.pad(position_ids.diff(dim=-1) <= 0, (1, 0), value=True)
+    return places - places.masked_fill(~begins, 0).cummax(-1).values
+
+
 def use_growing_layers(cache: Cache) -> None:
     """Replace a cache's plain layers by growing ones, in place and with their contents; others stay."""
     if cache.layer_class_to_replicate is DynamicLayer:
@@ -386,9 +399,9 @@ def plan_sparse_attention(
             "sequences); pass `use_cache=False`, or each sequence as a row of its own with left padding and an "
             "`attention_mask`."
         )
-    if attention_mask is None and past_key_values is None and (steps != 1).any():  # as in transformers' dense masks
+    if attention_mask is None and past_key_values is None and (steps <= 0).any():
         rows = steps.expand(inputs_embeds.shape[0], -1)
-        ends = [[*(row != 1).nonzero()[:, 0].add(1).tolist(), num_keys] for row in rows]
+        ends = [[*(row <= 0).nonzero()[:, 0].add(1).tolist(), num_keys] for row in rows]
         lengths = [[end - begin for begin, end in zip([0, *row], row)] for row in ends]
         return SparsePlan(settings, None, segments=lengths)
     return SparsePlan(settings, kv_start)
