@@ -23,6 +23,8 @@ for top in ("kernels", "conversion", "eval"):
 SERVE = ["accelerate>=1.10", "fastapi", "openai>=1.98", "pydantic>=2", "rich", "starlette", "uvicorn"]
 TRAIN = ["accelerate>=1.10", "datasets>=4", "matplotlib", "peft>=0.18"]
 SFT = ["trl>=1.16,<2"]
+GGUF = ["gguf>=0.19"]
+EVAL = ["datasets", "evaluate", "matplotlib", "pyppmd"]
 DEV = ["pytest>=8", "ruff>=0.12"]
 
 # The native CPU kernels: one object file an instruction set, each with its own flags, chosen between at run time.
@@ -114,10 +116,11 @@ setup(
         "train": TRAIN,
         "sft": [*TRAIN, *SFT],
         "gpu": ["triton"],
-        "eval": ["datasets", "evaluate", "matplotlib", "pyppmd"],
-        "llama_cpp": ["llama-cpp-python>=0.3.36", "gguf>=0.19"],  # compiled at install
+        "gguf": GGUF,
+        "eval": EVAL,
+        "llama_cpp": [*GGUF, "llama-cpp-python>=0.3.36"],  # compiled at install
         "dev": DEV,
-        "test": [*DEV, *SERVE, *TRAIN, *SFT],
+        "test": [*DEV, *SERVE, *TRAIN, *SFT, *GGUF, *EVAL],
     },
     entry_points={"console_scripts": ["minicpm4 = minicpm4_cli:main"]},
     classifiers=[

@@ -129,6 +129,11 @@ def _layer(packed: str, parts: tuple, num_inputs: int, outputs: tuple, halves: i
 
 
 def check_layout(checkpoint: Checkpoint, to: str) -> None:
+    """Refuse a checkpoint that is in the wanted layout already, or has nothing to unpack.
+
+    Raises:
+        ValueError: it is, or has not.
+    """
     packed = next((name for name in checkpoint.tensors if "qkv_proj.qweight" in name), None)
     if to == "marlin" and packed is not None:
         raise ValueError(

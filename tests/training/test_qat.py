@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minicpm4_cli import main
 from minicpm4_hf.quantization import TernaryLinear, dequantize_ternary, quantize_ternary, unpack_ternary
+from minicpm4_hf.quantization.linear import ternary_linear_reference
 from minicpm4_hf.training.distillation import DistillSettings, Teacher, divergence
 from minicpm4_hf.training.fp8 import use_fp8_linears_
 from minicpm4_hf.training.models import find_model
