@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ except ImportError:  # Windows: two runs with the same OUT are not told from eac
 
 MAX_SHARD_BYTES = 5 * 10**9
 PROGRESS_SECONDS = 2.0
+JOURNAL = "journal.jsonl"
 _CHUNK_BYTES = 16 * 2**20
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -96,7 +97,7 @@ class Output:
 
     def __init__(self, path: Path, partial: Path):
         self.path, self.partial, self.folder = path, partial, partial / "result"
-        self._journal, self._steps = partial / "journal.jsonl", partial / "steps"
+        self._journal, self._steps = partial / JOURNAL, partial / "steps"
         self._records: dict[str, dict] = {}
 
     @property
@@ -244,7 +245,7 @@ def open_output(
     }
     with _locked_folder(partial, path):
         if exists:  # finished by a run that was killed before it had cleaned up
-            shutil.rmtree(partial)
+            _discard(partial)
             raise ValueError(f"{path} already exists; name a folder that does not.")
         out = Output(path, partial)
         keep = False
@@ -270,7 +271,14 @@ def open_output(
             raise
         finally:
             if not keep:
-                shutil.rmtree(partial, ignore_errors=True)
+                _discard(partial)
+
+
+def _discard(partial: Path) -> None:
+    """Remove what a run has made, its journal first: a kill in between must not leave one that names removed steps."""
+    with suppress(OSError):
+        (partial / JOURNAL).unlink()
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _error_number(error: OSError | SafetensorError) -> int | None:

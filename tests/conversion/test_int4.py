@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_models import build_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minicpm4_hf.conversion import gptq_model, int4
+from minicpm4_hf.conversion import gptq_model, int4, output
 from minicpm4_hf.conversion.gptq import quantize_gptq
 from minicpm4_hf.conversion.gptq_layer import INPUT_GROUPS, LINEARS
 from minicpm4_hf.conversion.gptq_model import METHODS, Int4Settings
@@ -310,6 +310,27 @@ def test_a_resumed_run_ends_with_the_same_bytes(source, sequences, tmp_path, mon
     del loaded[:]
     quantize(source, tmp_path / "out", sequences, **RESUMED)
     assert loaded == list(range(DONE.get((function, calls), 0), 3))
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_killed_while_it_cleans_up_leaves_nothing_to_resume(source, sequences, tmp_path, monkeypatch):
+    """OUT is there, and of what lay beside it some steps are removed already; then OUT is removed, and made again."""
+    quantize(source, tmp_path / "whole", sequences)
+    removed, rmtree = [], shutil.rmtree
+
+    def stopping(folder, **kwargs):
+        removed.append(folder)
+        next((folder / "steps").glob("*.safetensors")).unlink()
+        raise Stopped
+
+    monkeypatch.setattr(output.shutil, "rmtree", stopping)
+    with pytest.raises(Stopped):
+        quantize(source, tmp_path / "out", sequences)
+    monkeypatch.setattr(output.shutil, "rmtree", rmtree)
+    assert removed and (tmp_path / ".out.partial").exists()
+    shutil.rmtree(tmp_path / "out")
+    quantize(source, tmp_path / "out", sequences)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
     assert not list(tmp_path.glob(".*"))
 
