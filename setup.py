@@ -24,6 +24,7 @@ SERVE = ["accelerate>=1.10", "fastapi", "openai>=1.98", "pydantic>=2", "rich", "
 TRAIN = ["accelerate>=1.10", "datasets>=4", "matplotlib", "peft>=0.18"]
 SFT = ["trl>=1.16,<2"]
 GGUF = ["gguf>=0.19"]
+GPU = ["triton"]
 EVAL = ["datasets", "evaluate", "matplotlib", "pyppmd"]
 DEV = ["pytest>=8", "ruff>=0.12"]
 
@@ -115,12 +116,12 @@ setup(
         "serve": SERVE,
         "train": TRAIN,
         "sft": [*TRAIN, *SFT],
-        "gpu": ["triton"],
+        "gpu": GPU,
         "gguf": GGUF,
         "eval": EVAL,
         "llama_cpp": [*GGUF, "llama-cpp-python>=0.3.36"],  # compiled at install
         "dev": DEV,
-        "test": [*DEV, *SERVE, *TRAIN, *SFT, *GGUF, *EVAL],
+        "test": [*DEV, *SERVE, *TRAIN, *SFT, *GGUF, *GPU, *EVAL],
     },
     entry_points={"console_scripts": ["minicpm4 = minicpm4_cli:main"]},
     classifiers=[

@@ -88,7 +88,7 @@ def packed_matmul_kernel(
         if BY_COLUMN or GROUP == 0:
             b_o += b_part
         else:
-            i_g = (first * FIELDS // GROUP).to(tl.int64)
+            i_g = tl.full([], 0, tl.int64) + first * FIELDS // GROUP  # `first` is an int in the interpreter
             b_o += b_part * tl.load(p_s + i_g * stride_sg, mask=m_n, other=0.0).to(tl.float32)[None, :]
     if not BY_COLUMN and GROUP == 0:
         b_o *= tl.load(p_s, mask=m_n, other=0.0).to(tl.float32)[None, :]
@@ -113,7 +113,7 @@ def choose_tile(rows: int, bits: int, dtype: torch.dtype) -> tuple[int, int, int
         return (16 if rows <= 16 else 32), 64, max(entries // 2, 16), 4
     if rows <= SPLIT_ROWS:
         return max(triton.next_power_of_2(rows), 16), 64, entries, 4
-    return 128, 128, min(entries, 64), 8
+    return (128 if bits == 8 else 64), 128, min(entries, 64), 8  # 128 rows of decoded fields would spill on sm_80
 
 
 def choose_splits(rows: int, outputs: int, entries: int, tile: tuple, processors: int) -> int:
@@ -157,6 +157,7 @@ def packed_matmul(
         # The columns of a field side by side: read often, so worth a copy.
         x = x.reshape(rows, entries, fields).permute(2, 0, 1).contiguous()
         strides = x.stride(1), x.stride(2), x.stride(0)
+    by_column = g_idx is not None or bool(group and group % (block_entries * fields))
     parts = out if splits == 1 else x.new_empty(splits, rows, outputs, dtype=torch.float32)
     packed_matmul_kernel[(triton.cdiv(outputs, block_outputs), triton.cdiv(rows, block_rows), splits)](
         x,
@@ -174,13 +175,13 @@ def packed_matmul(
         BITS=bits,
         FIELDS=fields,
         GROUP=group,
-        BY_COLUMN=g_idx is not None or bool(group and group % (block_entries * fields)),
+        BY_COLUMN=by_column,
         BM=block_rows,
         BN=block_outputs,
         BE=block_entries,
         PRECISION=dot_precision(x.dtype),
         num_warps=num_warps,
-        num_stages=3,
+        num_stages=2 if by_column else 3,  # scales of every column need shared memory, too
     )
     if splits > 1:
         block = 1024

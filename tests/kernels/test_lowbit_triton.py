@@ -27,9 +27,14 @@ DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if DEVICE == "cuda" e
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """What the kernels get as memory starts as NaN."""
+    """What the kernels get as memory starts as NaN; the interpreter asks for its own in other dtypes, too."""
     real = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: real(*a, **k).fill_(float("nan")))
+
+    def poison(*args, **kwargs):
+        tensor = real(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison)
 
 
 def check(packed, x, poisoned=None):
