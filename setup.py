@@ -25,7 +25,7 @@ TRAIN = ["accelerate>=1.10", "datasets>=4", "matplotlib", "peft>=0.18"]
 SFT = ["trl>=1.16,<2"]
 GGUF = ["gguf>=0.19"]
 GPU = ["triton"]
-EVAL = ["datasets", "evaluate", "matplotlib", "pyppmd"]
+EVAL = ["accelerate>=1.10", "datasets", "evaluate", "lm-eval>=0.4.13,<0.5", "math-verify", "matplotlib", "pyppmd"]
 DEV = ["pytest>=8", "ruff>=0.12"]
 
 # The native CPU kernels: one object file an instruction set, each with its own flags, chosen between at run time.

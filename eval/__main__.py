@@ -42,6 +42,7 @@ VERSIONS = ("minicpm4-hf", "torch", "transformers", "tokenizers")
 COMMANDS = {
     "ruler": ("minicpm4_hf.eval.ruler.__main__", "RULER's thirteen tasks at any length, generated here"),
     "longppl": ("minicpm4_hf.eval.longppl.__main__", "LongPPL: perplexity of the tokens that need the long context"),
+    "benchmarks": ("minicpm4_hf.eval.benchmarks.__main__", "the paper's benchmarks and the ternary set, with lm-eval"),
     "tables": ("minicpm4_hf.eval.tables.__main__", "the paper's tables and figures beside what was measured"),
     "speed-figure": ("minicpm4_hf.eval.speed.figure", "grouped bars of a record of `speed`"),
 }

@@ -19,6 +19,7 @@ from minicpm4_hf import MiniCPM4Config, MiniCPM4ForCausalLM
 from minicpm4_hf.eval.__main__ import main as eval_main
 from minicpm4_hf.eval.benchmarks import __main__ as command
 from minicpm4_hf.eval.benchmarks.header import FIELDS, parse_header, read_headers
+from minicpm4_hf.eval.benchmarks.prompts import render_prompt
 from minicpm4_hf.eval.benchmarks.run import build_samples, choose_tasks, find_runner, label_task, measure
 from minicpm4_hf.eval.benchmarks.sample import Sample
 from minicpm4_hf.eval.benchmarks.tasks import PAPER, TASKS, load_benchmark
@@ -355,6 +356,7 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from lm_eval.api.model import LM
+from minicpm4_hf.eval.benchmarks.prompts import render_prompt
 from minicpm4_hf.eval.benchmarks.run import build_samples, choose_tasks, measure
 from minicpm4_hf.eval.memory.cases import Journal
 
@@ -442,6 +444,8 @@ def test_batches_do_not_matter(mode, style, subject, sets, tmp_path):
                 dataclasses.replace(s, shots=s.shots if s.index % 2 else (), question=s.question + " so" * s.index)
                 for s in samples
             ]
+            lengths = [len(subject.tokenizer(render_prompt(s, None)).input_ids) for s in samples]
+            assert min(lengths) < SPARSE["dense_len"] < max(lengths) / 4
         built[label] = name, dataclasses.replace(benchmark, max_tokens=12), samples
     found = {}
     for batch in (1, 3, 8):
@@ -493,6 +497,7 @@ def test_command(folder, sets, tmp_path, capsys, monkeypatch):
     assert record["commit"] == "c0ffee" and record["versions"]["lm-eval"] == "0.4.13"
     assert record["model"]["dtype"] == "float32" and record["settings"]["attention"] == "sparse"
     assert "--tasks piqa" in record["command"].lower() and "--dtype float32" in record["command"]
+    assert "--seed 0 --shots 0 --batch 2" in record["command"] and "--unsafe" not in record["command"]
     lines = read_lines(output.with_suffix(".jsonl"))
     assert len(lines) == 6 and {"score", "reference", "answers", "chosen", "seconds"} == set(lines[0]["result"])
     # The same command has nothing left to do; dense attention is another model.
@@ -578,6 +583,13 @@ def test_prompt_beyond_the_context(subject, sets):
     model._max_length = 3
     with pytest.raises(ValueError, match=r"Sample \d of piqa needs \d+ tokens"):
         ask(model, ["piqa"], sets)
+
+
+def test_more_processes_than_samples(sets):
+    model = Oracle()
+    model._world_size = 2
+    with pytest.raises(ValueError, match="humaneval has 1 samples for 2 processes; start fewer"):
+        ask(model, ["humaneval"], sets)
 
 
 def test_what_is_missing_is_said_first(folder, sets, capsys, monkeypatch, tmp_path):

@@ -1,0 +1,1 @@
+"""The `evaluate` module `answer_exact_match`, for `evaluate.load` of this folder."""

@@ -1,0 +1,1 @@
+"""The `evaluate` module `longppl`, for `evaluate.load` of this folder."""

@@ -1,0 +1,1 @@
+"""The `evaluate` module `math_verify`, for `evaluate.load` of this folder."""

@@ -1,0 +1,1 @@
+"""The `evaluate` module `needle_accuracy`, for `evaluate.load` of this folder."""

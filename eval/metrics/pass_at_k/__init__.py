@@ -1,0 +1,1 @@
+"""The `evaluate` module `pass_at_k`, for `evaluate.load` of this folder."""
