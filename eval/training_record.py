@@ -6,7 +6,8 @@
 Reads the folder that `minicpm4 train` wrote: the recipe, without this machine's paths; the texts by name, size and
 SHA-256; the weights by SHA-256; and for each stage its steps, tokens, held-out evaluations and log, of whose lines at
 most --lines are kept, evenly spaced, the last among them. A run's folder does not say how long it took, on what it
-ran, and which PyTorch it had: what is not given is null.
+ran, and which PyTorch it had: what is not given is null. A run that goes on from the model of an earlier one gets that
+one's record by --after: its stages come first, in the recipe too, and steps and tokens are those of both.
 
 The exit code is 0, or 2 with one sentence on stderr when the input is wrong.
 """
@@ -115,6 +116,38 @@ def make_record(run: Path, *, lines: int, device: str | None, seconds: float | N
     }
 
 
+def join_records(earlier: dict, record: dict) -> dict:
+    """The record of a run that went on from an earlier one's model, with the stages of both.
+
+    The recipe is the earlier one's with the later stages behind; its seed gives a stage at that place the sequences
+    that it had. What took how long is known only if both say so.
+
+    Raises:
+        ValueError: the runs differ in what does not belong to a stage.
+    """
+    first, later = earlier["recipe"], record["recipe"]
+    begun = ("model", "architecture", "tokenizer", "vocab_size", "seed", "stages")
+    differing = [key for key in first.keys() | later.keys() if key not in begun and first.get(key) != later.get(key)]
+    if earlier["parameters"] != record["parameters"] or earlier["texts"] != record["texts"]:
+        differing.append("texts or the number of parameters")
+    if later["model"] is None:
+        differing.append("model, which must be the earlier run's,")
+    if later["seed"] != first["seed"] + len(first["stages"]):
+        differing.append(f"seed, which must be {first['seed'] + len(first['stages'])},")
+    if differing:
+        raise ValueError(f"The runs are not one after another: they differ in {', '.join(sorted(differing))}.")
+    seconds = [earlier["seconds"], record["seconds"]]
+    return {
+        **record,
+        "recipe": {**first, "stages": [*first["stages"], *later["stages"]]},
+        "steps": earlier["steps"] + record["steps"],
+        "tokens": earlier["tokens"] + record["tokens"],
+        "seconds": None if None in seconds else sum(seconds),
+        "stages": [*earlier["stages"], *record["stages"]],
+        "continued": {"stage": len(earlier["stages"]), "weights": earlier["weights"]},
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     summary, _, details = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
@@ -129,9 +162,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", metavar="TEXT", help="what the run used")
     parser.add_argument("--seconds", type=float, metavar="S", help="how long the run took")
     parser.add_argument("--torch", metavar="VERSION", help="the run's PyTorch")
+    parser.add_argument(
+        "--after", type=Path, metavar="RECORD.json", help="of the run whose model this one went on from"
+    )
     args = parser.parse_args(argv)
     try:
         record = make_record(args.run, lines=args.lines, device=args.device, seconds=args.seconds, torch=args.torch)
+        if args.after:
+            record = join_records(read_json(args.after), record)
         write_atomically(args.output, json.dumps(record, indent=1, allow_nan=False) + "\n")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -107,3 +107,40 @@ def test_what_is_no_finished_run(run, damage, message, capsys):
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") == 1
     assert not (run.parent / "record.json").exists()
+
+
+def test_a_run_that_went_on(run, tmp_path):
+    """The second run's recipe begins from the first one's model, with the seed that the next stage would have had."""
+    first = tmp_path / "first.json"
+    recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+    write(run / "recipe.json", {**recipe, "seed": 5})
+    assert main([str(run), "--output", str(first), "--seconds", "2"]) == 0
+    later = {**recipe, "seed": 7, "model": "first", "stages": recipe["stages"][:1]}
+    write(run / "recipe.json", later)
+    (run / "model" / "model.safetensors").write_bytes(b"later weights")
+    record = record_of(run, "--after", str(first), "--seconds", "3")
+    assert [stage["name"] for stage in record["stages"]] == ["short", "long", "short"]
+    assert [stage["name"] for stage in record["recipe"]["stages"]] == ["short", "long", "short"]
+    assert (record["steps"], record["tokens"], record["seconds"]) == (23, 1664, 5)
+    assert record["recipe"]["seed"] == 5 and record["recipe"]["model"] is None
+    assert record["weights"] == {"model.safetensors": hashlib.sha256(b"later weights").hexdigest()}
+    assert record["continued"] == {"stage": 2, "weights": json.loads(first.read_text(encoding="utf-8"))["weights"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 6}, "seed, which must be 7,"),
+        ({"model": None}, "model, which must be the earlier run's,"),
+        ({"text": {"train": ["a.txt"], "held_out": ["emma.txt"]}}, "text"),
+    ],
+)
+def test_runs_that_do_not_follow_one_another(run, tmp_path, capsys, change, named):
+    first = tmp_path / "first.json"
+    recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+    write(run / "recipe.json", {**recipe, "seed": 5})
+    assert main([str(run), "--output", str(first)]) == 0
+    write(run / "recipe.json", {**recipe, "seed": 7, "model": "first", **change})
+    assert main([str(run), "--output", str(tmp_path / "joined.json"), "--after", str(first)]) == 2
+    assert capsys.readouterr().err == (f"error: The runs are not one after another: they differ in {named}.\n")
+    assert not (tmp_path / "joined.json").exists()

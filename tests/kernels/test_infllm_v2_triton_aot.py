@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from triton_aot import SHARED_LIMITS, compile_for, record_launches  # noqa: E402
+from triton_aot import SHARED_LIMITS, compile_all, compile_for, record_launches  # noqa: E402
 
 from minicpm4_hf.kernels.infllm_v2.attend import attend_fwd  # noqa: E402
 from minicpm4_hf.kernels.infllm_v2.attend_bwd import attend_bwd  # noqa: E402
@@ -70,8 +70,7 @@ def launches_of(heads, dtype, num_keys=131072, num_rows=None):
 
 def check(launches, capability):
     reports = {}
-    for launch in launches:
-        report = compile_for(launch, capability)
+    for launch, report in zip(launches, compile_all(launches, capability), strict=True):
         name = launch.kernel.__name__
         where = f"{name} for sm_{capability}, {dict(launch.constants)}, {dict(launch.options)}: {report}"
         assert report.spilled_bytes == 0, where

@@ -1,5 +1,7 @@
 """Compile Triton kernels for a GPU that is not there: what the host code launches, with its own launch settings."""
 
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
@@ -100,3 +102,17 @@ def compile_for(launch: Launch, capability: int, with_sass: bool = False) -> Rep
             sass = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Report(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], compiled.metadata.shared, sass)
+
+
+def compile_all(launches: list[Launch], capability: int) -> list[Report]:
+    """The reports on several launches, which as many processes compile as there are cores."""
+    _TASKS[:] = [(launch, capability) for launch in launches]  # kernels cannot be pickled: children inherit them
+    with multiprocessing.get_context("fork").Pool(min(len(launches), os.cpu_count() or 1)) as pool:
+        return pool.map(_compile_task, range(len(_TASKS)), chunksize=1)
+
+
+_TASKS: list[tuple[Launch, int]] = []
+
+
+def _compile_task(number: int) -> Report:
+    return compile_for(*_TASKS[number])
