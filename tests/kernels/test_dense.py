@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from definitions import causal_mask, check_rounding, make_inputs, masked_attention, rounding
 
+from minicpm4_hf.kernels import dense
 from minicpm4_hf.kernels.cpu import attention, why_missing
 from minicpm4_hf.kernels.dense import dense_attention, native_attention
 
@@ -170,6 +171,20 @@ def test_auto_takes_the_native_kernel_where_it_serves(monkeypatch):
     dense_attention(*(t.double() for t in tensors))
     dense_attention(*(t[..., :24] for t in tensors))
     assert len(calls) == 1
+
+
+@needs_native
+def test_whole_prompts_in_bfloat16_are_left_to_sdpa_where_there_are_tiles(monkeypatch):
+    """AMX multiplies for PyTorch, not for the native kernels; all else stays with them."""
+    prompt = make_inputs(1, dense.SHORT_TOKENS + 1, 1, 2, 64, dtype=torch.bfloat16)
+    kv_start = torch.tensor([3])
+    for has_tiles in (False, True):
+        monkeypatch.setattr(dense, "_has_tiles", lambda: has_tiles)  # noqa: B023
+        assert (native_attention(*prompt, scale=0.1) is None) == has_tiles
+        assert native_attention(*(t[:, :, 1:] for t in prompt), scale=0.1) is not None
+        assert native_attention(prompt[0][:, :, 9:], *prompt[1:], scale=0.1) is not None
+        assert native_attention(*prompt, scale=0.1, kv_start=kv_start) is not None
+        assert native_attention(*(t.float() for t in prompt), scale=0.1) is not None
 
 
 def test_float64_and_gradients_run_on_the_reference():
