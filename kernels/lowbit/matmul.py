@@ -107,12 +107,16 @@ def sum_splits_kernel(parts, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexp
 
 
 def choose_tile(rows: int, bits: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """BM, BN, BE and warps: a tile has 128 columns; float32 has registers for half the outputs."""
+    """BM, BN, BE and warps: a tile has 128 columns; float32 has registers for half the outputs.
+
+    Four warps would spill on sm_80 or sm_90 where a tile has many rows or many entries, or is of float32.
+    """
     entries = {2: 32, 4: 16, 8: 128}[bits]
     if dtype == torch.float32:
-        return (16 if rows <= 16 else 32), 64, max(entries // 2, 16), 4
+        return (16 if rows <= 16 else 32), 64, max(entries // 2, 16), 8
     if rows <= SPLIT_ROWS:
-        return max(triton.next_power_of_2(rows), 16), 64, entries, 4
+        tile_rows = min(max(triton.next_power_of_2(rows), 16), 32 if bits == 2 else SPLIT_ROWS)
+        return tile_rows, 64, entries, 4 if tile_rows <= 32 and bits < 8 else 8
     return (128 if bits == 8 else 64), 128, min(entries, 64), 8  # 128 rows of decoded fields would spill on sm_80
 
 
@@ -157,6 +161,7 @@ def packed_matmul(
         # The columns of a field side by side: read often, so worth a copy.
         x = x.reshape(rows, entries, fields).permute(2, 0, 1).contiguous()
         strides = x.stride(1), x.stride(2), x.stride(0)
+    # Scales of every column need shared memory, and wide tiles of few rows registers, that a third stage would take.
     by_column = g_idx is not None or bool(group and group % (block_entries * fields))
     parts = out if splits == 1 else x.new_empty(splits, rows, outputs, dtype=torch.float32)
     packed_matmul_kernel[(triton.cdiv(outputs, block_outputs), triton.cdiv(rows, block_rows), splits)](
@@ -181,7 +186,7 @@ def packed_matmul(
         BE=block_entries,
         PRECISION=dot_precision(x.dtype),
         num_warps=num_warps,
-        num_stages=2 if by_column else 3,  # scales of every column need shared memory, too
+        num_stages=2 if by_column or num_warps == 8 and rows <= SPLIT_ROWS else 3,
     )
     if splits > 1:
         block = 1024

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -101,7 +102,21 @@ def compile_for(launch: Launch, capability: int, with_sass: bool = False) -> Rep
         if with_sass:
             sass = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True).stdout
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return Report(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], compiled.metadata.shared, sass)
+    # A stack frame may hold other things than registers, barriers among them: the assembler says which.
+    spilled = count_spills(compiled.asm["ptx"], capability) if numbers["STACK"] + numbers["LOCAL"] else 0
+    return Report(numbers["REG"], spilled, compiled.metadata.shared, sass)
+
+
+def count_spills(ptx: str, capability: int) -> int:
+    """Bytes of registers that the assembler stores and loads again, called as Triton calls it."""
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [get_ptxas(capability).path, "-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={target}", path]
+        done = subprocess.run([*command, "-o", path.with_suffix(".cubin")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)))
 
 
 def compile_all(launches: list[Launch], capability: int) -> list[Report]:
