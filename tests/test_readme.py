@@ -47,7 +47,7 @@ def test_command_exists(command, tmp_path):
     flags = [word for word in words if re.match(r"--\w", word)]
     place = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
     module = words[:2] if program == "python" else []  # -m NAME
-    subcommand = [word for word in words[len(module) : place] if re.fullmatch(r"[a-z-]+", word)][:1]
+    subcommand = [word for word in words[len(module) : place] if re.fullmatch(r"[a-z][a-z0-9-]*", word)][:1]
     done = subprocess.run(
         [*PROGRAMS[program], *module, *subcommand, "--help"], cwd=tmp_path, capture_output=True, text=True
     )

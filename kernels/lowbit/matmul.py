@@ -186,7 +186,7 @@ def packed_matmul(
         BE=block_entries,
         PRECISION=dot_precision(x.dtype),
         num_warps=num_warps,
-        num_stages=2 if by_column or num_warps == 8 and rows <= SPLIT_ROWS else 3,
+        num_stages=2 if by_column or (num_warps == 8 and rows <= SPLIT_ROWS) else 3,
     )
     if splits > 1:
         block = 1024
