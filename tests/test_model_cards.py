@@ -94,17 +94,9 @@ def test_templates_have_no_figures_of_their_own(records):
     text = re.sub(r"\{[^}]*\}|`[^`\n]*`|arXiv:[\d.]+|\(\d+\)", "", text)
     numbers = set(re.findall(r"\d[\d.,]*\d|\d", text))
     # apache-2.0, MiniCPM4, v2, heads; columns; bfloat16, SHA-256; the longest dense stage, checked below.
-    assert numbers <= {"2.0", "4", "8", "2", "32", "16", "256", "2,048"}
+    assert numbers <= {"2.0", "4", "8", "2", "32", "16", "256", "4,096"}
     dense = [stage["length"] for stage in records["training"]["recipe"]["stages"] if stage["sparse_config"] is None]
-    assert (
-        max(dense)
-        == 2048
-        < min(
-            stage["length"]
-            for stage in records["training"]["recipe"]["stages"]
-            if stage["sparse_config"] is not None and stage["name"] != "sums"
-        )
-    )
+    assert max(dense) == 4096
 
 
 def test_targets_are_computed(records):
@@ -119,14 +111,19 @@ def test_targets_are_computed(records):
     assert "**no**" not in target_table(records)
 
 
+def lower(row, share):
+    """The right answers of a row, just below a share of those asked."""
+    row["solved"] = int(share * row["asked"])
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [
         (lambda parts: parts["addition"].update(accuracy=0.899), "sums of"),
         (lambda parts: parts["sparse-dense"]["rows"][0].update(ratio=1.0051), "perplexity at 8,192"),
         (lambda parts: parts["sparse-dense"]["rows"][1].update(attended_share=0.071), "perplexity at 32,768"),
-        (lambda parts: parts["needle"]["rows"][0].update(solved=197), "a fact in 2,048"),
-        (lambda parts: parts["needle"]["rows"][7].update(solved=189), "a fact in 32,768"),
+        (lambda parts: lower(parts["needle"]["rows"][0], 0.999), "a fact in 2,048"),
+        (lambda parts: lower(parts["needle"]["rows"][7], 0.949), "a fact in 32,768"),
     ],
 )
 def test_a_target_is_missed_by_a_little(records, change, name):

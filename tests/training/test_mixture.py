@@ -163,4 +163,4 @@ def test_the_recipe_of_the_shipped_checkpoint_reads():
     recipe = load_recipe(shipped_recipe("minicpm4-books"))
     shares = [stage.synthetic.share if stage.synthetic else 0 for stage in recipe.stages]
     assert shares[:3] == [0, 1, 1] and all(0 < share < 1 for share in shares[3:])
-    assert [stage.sparse_config is None for stage in recipe.stages] == [True] * 5 + [False] * 3
+    assert [stage.sparse_config is None for stage in recipe.stages] == [True] * 5 + [False] * 3 + [True] * 3 + [False]
