@@ -66,9 +66,9 @@ def resolve_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
 def infllm_v2_forward(module, query, key, value, attention_mask, *, scaling, sparse_plan=None, dropout=0.0, **kwargs):
     """transformers attention function "infllm_v2": `[B, HQ, TQ, D]` in, `[B, TQ, HQ, D]` out.
 
-    With a `sparse_plan` the sparse queries run on the best backend for the device. A dense pass runs on the native
-    kernels where they serve it, and is SDPA otherwise. `attention_mask` is what `infllm_v2_mask` made: the first key
-    of each row `[B]`, a `[B, 1, TQ, TK]` mask, or None.
+    With a `sparse_plan` the sparse queries run on the best backend for the device. A dense pass runs in
+    `kernels/dense` where that serves it, and is SDPA with a mask otherwise. `attention_mask` is what `infllm_v2_mask`
+    made: the first key of each row `[B]`, a `[B, 1, TQ, TK]` mask, or None.
     """
     if sparse_plan is not None:
         from minicpm4_hf.kernels.infllm_v2 import model_operations
@@ -87,9 +87,9 @@ def infllm_v2_forward(module, query, key, value, attention_mask, *, scaling, spa
         )
     kv_start = attention_mask if attention_mask is not None and attention_mask.dim() == 1 else None
     if (attention_mask is None or kv_start is not None) and not dropout and module.is_causal:
-        from minicpm4_hf.kernels.dense import native_attention
+        from minicpm4_hf.kernels.dense import model_attention
 
-        out = native_attention(query, key, value, scale=scaling, kv_start=kv_start)
+        out = model_attention(query, key, value, scale=scaling, kv_start=kv_start)
         if out is not None:
             return out.transpose(1, 2), None
     num_queries, num_keys = query.shape[2], key.shape[2]
