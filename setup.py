@@ -26,7 +26,7 @@ SFT = ["trl>=1.16,<2"]
 GGUF = ["gguf>=0.19"]
 GPU = ["triton"]
 EVAL = ["accelerate>=1.10", "datasets", "evaluate", "lm-eval>=0.4.13,<0.5", "math-verify", "matplotlib", "pyppmd"]
-DEV = ["pytest>=8", "ruff>=0.12"]
+DEV = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12"]
 
 # The native CPU kernels: one object file an instruction set, each with its own flags, chosen between at run time.
 # -march=native would make a library that crashes on the next machine.

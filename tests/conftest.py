@@ -1,4 +1,11 @@
-"""Fixtures shared by the suite."""
+"""Fixtures shared by the suite, and the threads of a run on several processes (`pytest -n 2`)."""
+
+import os
+
+# Before torch is imported, which reads it: processes that each take all cores wait for each other's threads.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 import pytest
 import torch
