@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--list", action="store_true", help="say of each task where it comes from, and end")
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint (default: the shipped one)")
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint, shipped or not (default: minicpm4-books)")
     parser.add_argument(
         "--tasks", nargs="+", default=list(PAPER), metavar="NAME", help=f"of {', '.join(TASKS)} (default: the first 8)"
     )
@@ -179,26 +179,16 @@ def main(argv: list[str] | None = None) -> int:
         listed = {name: {"title": header.title, **header.fields} for name, header in headers.items()}
         print(json.dumps(listed) if args.json else format_headers(headers))
         return 0
-    import torch
-
+    from minicpm4_hf.eval.command_line import run_command
     from minicpm4_hf.eval.sandbox import SandboxError
 
-    threads = torch.get_num_threads()
-    try:
+    def measure() -> None:
         check_arguments(args)
-        torch.set_num_threads(args.threads or threads)
         record = run_benchmarks(args)
         if record is not None:
             print(json.dumps(record, allow_nan=False) if args.json else describe_rows(record["rows"]))
-    except (ValueError, OSError, ImportError, SandboxError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; with --output, the same command goes on from here", file=sys.stderr)
-        return 130
-    finally:
-        torch.set_num_threads(threads)
-    return 0
+
+    return run_command(measure, threads=args.threads, errors=(SandboxError,))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from minicpm4_cli.loading import (
     positive_int,
     quiet,
 )
+from minicpm4_hf.eval.command_line import run_command
 from minicpm4_hf.eval.memory.cases import Journal, run_plan
 from minicpm4_hf.eval.memory.subject import MODES, load_subject, read_texts
 from minicpm4_hf.eval.ruler.record import begin_record, check_resumable, owner_of
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint (default: the shipped one)")
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint, shipped or not (default: minicpm4-books)")
     parser.add_argument("--evaluator", metavar="PATH_OR_ID", help="finds the key tokens (default: --model)")
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8")
     parser.add_argument("--length", type=positive_int, default=32768, metavar="N", help="default: %(default)s")
@@ -169,20 +170,12 @@ def run_longppl(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    threads = torch.get_num_threads()
-    try:
+
+    def measure() -> None:
         check_arguments(args)
-        torch.set_num_threads(args.threads or threads)
         print(json.dumps(run_longppl(args), allow_nan=False))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; with --output, the same command goes on from here", file=sys.stderr)
-        return 130
-    finally:
-        torch.set_num_threads(threads)
-    return 0
+
+    return run_command(measure, threads=args.threads)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from minicpm4_cli.loading import add_device_arguments, parse_sparse, positive_int, quiet
+from minicpm4_hf.eval.command_line import run_command
 from minicpm4_hf.eval.mup.__main__ import count
 
 from . import answers, needle, prediction
@@ -110,7 +111,9 @@ def build_parser() -> argparse.ArgumentParser:
         text = PARTS[name].summary if name in PARTS else f"{', '.join(PARTS)}, one after another"
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(parts=parts, text=[])
-        command.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint (default: the shipped one)")
+        command.add_argument(
+            "--model", metavar="PATH_OR_ID", help="a checkpoint, shipped or not (default: minicpm4-books)"
+        )
         command.add_argument(
             "--sparse", nargs="*", metavar="KEY=VALUE", help="what sparse is, in place of the checkpoint's settings"
         )
@@ -219,23 +222,15 @@ def run_parts(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    threads = torch.get_num_threads()
-    try:
+
+    def measure() -> None:
         check_arguments(args)
         if args.command == "heatmap":
             write_heatmap(args.output, read_record(args.record, NEEDLE_BENCHMARKS))
-            return 0
-        torch.set_num_threads(args.threads or threads)
-        print(json.dumps(run_parts(args), allow_nan=False))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; with --output, the same command goes on from here", file=sys.stderr)
-        return 130
-    finally:
-        torch.set_num_threads(threads)
-    return 0
+        else:
+            print(json.dumps(run_parts(args), allow_nan=False))
+
+    return run_command(measure, threads=getattr(args, "threads", None))
 
 
 if __name__ == "__main__":

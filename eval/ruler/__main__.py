@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from minicpm4_cli.loading import add_device_arguments, parse_sparse, positive_int, quiet
+from minicpm4_hf.eval.command_line import run_command
 from minicpm4_hf.eval.memory.cases import Journal, run_plan
 from minicpm4_hf.eval.memory.subject import MODES, Subject, load_subject, read_texts
 from minicpm4_hf.eval.mup.__main__ import count
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint (default: the shipped one)")
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint, shipped or not (default: minicpm4-books)")
     parser.add_argument("--lengths", type=positive_int, nargs="+", default=[4096], metavar="N", help="tokens a sample")
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME", help=f"of {', '.join(TASKS)}"
@@ -185,20 +186,12 @@ def run_ruler(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    threads = torch.get_num_threads()
-    try:
+
+    def measure() -> None:
         check_arguments(args)
-        torch.set_num_threads(args.threads or threads)
         print(json.dumps(run_ruler(args), allow_nan=False))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; with --output, the same command goes on from here", file=sys.stderr)
-        return 130
-    finally:
-        torch.set_num_threads(threads)
-    return 0
+
+    return run_command(measure, threads=args.threads)
 
 
 if __name__ == "__main__":
