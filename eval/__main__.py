@@ -59,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     perplexity = tasks.add_parser("perplexity", help="bits per byte and perplexity over a text")
-    perplexity.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint (default: the shipped one)")
+    perplexity.add_argument(
+        "--model", metavar="PATH_OR_ID", help="a checkpoint, shipped or not (default: minicpm4-books)"
+    )
     perplexity.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
     perplexity.add_argument(
         "--context", type=positive_int, default=4096, metavar="N", help="tokens a window (default: %(default)s)"

@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint (default: the shipped one)")
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint, shipped or not (default: minicpm4-books)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (default: the shipped excerpt)")
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES), help="default: all")
     parser.add_argument("--tokens", type=positive_int, default=200, metavar="N", help="default: %(default)s")

@@ -4,7 +4,8 @@
     python -m minicpm4_hf.eval.training_record runs/minicpm4-books --device "two CPU cores" --output training.json
 
 Reads the folder that `minicpm4 train` wrote: the recipe, without this machine's paths; the texts by name, size and
-SHA-256; the weights by SHA-256; and for each stage its steps, tokens, held-out evaluations and log, of whose lines at
+SHA-256; the weights by SHA-256, with them those packed from them and those of the shipped checkpoint that the run
+began with, if there are such; and for each stage its steps, tokens, held-out evaluations and log, of whose lines at
 most --lines are kept, evenly spaced, the last among them. A run's folder does not say how long it took, on what it
 ran, and which PyTorch it had: what is not given is null. A run that goes on from the model of an earlier one gets that
 one's record by --after: its stages come first, in the recipe too, and steps and tokens are those of both.
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from minicpm4_cli.loading import positive_int
 from minicpm4_hf.kernels.bench.__main__ import write_atomically
+from minicpm4_hf.shipped import SHIPPED, shipped_checkpoint
 
 BENCHMARK = "training"
 LOGGED = ("step", "loss", "selection_loss", "learning_rate")
@@ -87,6 +89,11 @@ def describe_stage(folder: Path, lines: int) -> dict:
     }
 
 
+def hash_weights(folder: Path) -> dict[str, str]:
+    """SHA-256 of the weights in a folder, by file name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
+
+
 def make_record(run: Path, *, lines: int, device: str | None, seconds: float | None, torch: str | None) -> dict:
     """The record of a run's folder.
 
@@ -100,12 +107,15 @@ def make_record(run: Path, *, lines: int, device: str | None, seconds: float | N
     recipe = read_json(run / "recipe.json")
     stages = [describe_stage(run / stage["name"], lines) for stage in recipe["stages"]]
     config = read_json(run / "model" / "config.json")
-    weights = sorted((run / "model").glob("*.safetensors"))
+    packed = {"packed": hash_weights(run / "ternary")} if (run / "ternary").is_dir() else {}
+    shipped = recipe["model"] in SHIPPED
     return {
         "benchmark": BENCHMARK,
         "recipe": portable_recipe(recipe),
         "texts": describe_texts(run),
-        "weights": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in weights},
+        **({"started_from": hash_weights(shipped_checkpoint(recipe["model"]))} if shipped else {}),
+        "weights": hash_weights(run / "model"),
+        **packed,
         "parameters": stages[-1]["parameters"],
         "steps": sum(stage["steps"] for stage in stages),
         "tokens": sum(stage["tokens"] for stage in stages),

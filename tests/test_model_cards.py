@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from minicpm4_hf.eval.model_card.__main__ import (
-    CARD,
+    CARDS,
+    CHECKPOINTS,
     CURVE,
     NEEDLE,
     README_TEMPLATE,
-    RECORDS,
-    SHIPPED_CARD,
-    TEMPLATE,
+    all_fields,
     draw,
     fill_template,
     main,
@@ -24,14 +23,15 @@ from minicpm4_hf.eval.model_card.__main__ import (
     replace_figures,
 )
 from minicpm4_hf.eval.model_card.targets import check_targets, needle_shares, target_table
-from minicpm4_hf.shipped import shipped_checkpoint
+from minicpm4_hf.shipped import SHIPPED, shipped_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+EACH = pytest.mark.parametrize("name", SHIPPED)
 
 
 @pytest.fixture
 def records():
-    return copy.deepcopy(read_records(ROOT / RECORDS))
+    return copy.deepcopy(read_records(ROOT, SHIPPED[0]))
 
 
 def test_committed_texts_are_what_the_records_say():
@@ -54,35 +54,57 @@ def test_committed_figures_are_what_the_records_say():
         assert (ROOT / CURVE).read_text(encoding="utf-8") == drawn[CURVE]
 
 
-def test_the_records_are_of_the_weights_that_are_shipped(records):
-    weights = hashlib.sha256((shipped_checkpoint() / "model.safetensors").read_bytes()).hexdigest()
-    tokenizer = hashlib.sha256((shipped_checkpoint() / "tokenizer.json").read_bytes()).hexdigest()
-    assert records["memory"]["model"]["weights"] == {"model.safetensors": weights}
-    assert records["memory"]["model"]["tokenizer"] == {"tokenizer.json": tokenizer}
-    assert records["training"]["weights"] == {"model.safetensors": weights}
-    config = json.loads((shipped_checkpoint() / "config.json").read_text(encoding="utf-8"))
-    assert config["sparse_config"] == records["memory"]["model"]["sparse_config"] == records["demo"]["sparse_config"]
+def sha256_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@EACH
+def test_the_records_are_of_the_weights_that_are_shipped(name):
+    folder, records = shipped_checkpoint(name), read_records(ROOT, name)
+    measured, training = records["memory"]["model"], records["training"]
+    assert measured["weights"] == {"model.safetensors": sha256_of(folder / "model.safetensors")}
+    assert measured["tokenizer"] == {"tokenizer.json": sha256_of(folder / "tokenizer.json")}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["sparse_config"] == measured["sparse_config"]
     assert config["use_cache"] and "auto_map" not in config
     # One text, the same bytes, in all of them; and not in what was trained on.
-    texts = records["training"]["texts"]
+    texts = training["texts"]
     held_out = {source["name"]: source["sha256"] for source in texts["held_out"]["sources"]}
-    assert {name: text["sha256"] for name, text in records["memory"]["texts"].items()} == held_out
-    compressed = {f"{name}.txt": text["sha256"] for name, text in records["compressors"]["texts"].items()}
-    assert compressed == held_out
+    assert {book: text["sha256"] for book, text in records["memory"]["texts"].items()} == held_out
     assert not set(held_out.values()) & {source["sha256"] for source in texts["train"]["sources"]}
 
 
-def test_the_results_add_up_to_the_record(records):
+def test_the_records_of_the_first_checkpoint_are_of_one_training(records):
+    weights = sha256_of(shipped_checkpoint() / "model.safetensors")
+    assert records["training"]["weights"] == {"model.safetensors": weights}
+    assert records["demo"]["sparse_config"] == records["memory"]["model"]["sparse_config"]
+    compressed = {f"{name}.txt": text["sha256"] for name, text in records["compressors"]["texts"].items()}
+    assert compressed == {name: text["sha256"] for name, text in records["memory"]["texts"].items()}
+
+
+def test_the_ternary_checkpoint_is_small_and_packed_and_of_its_training():
+    folder, training = shipped_checkpoint("minicpm4-books-ternary"), read_records(ROOT, SHIPPED[1])["training"]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3_000_000
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["quant_method"] == "bitcpm"
+    assert training["packed"] == {"model.safetensors": sha256_of(folder / "model.safetensors")}
+    assert training["recipe"]["model"] == SHIPPED[0]
+    assert training["started_from"] == {"model.safetensors": sha256_of(shipped_checkpoint() / "model.safetensors")}
+    assert (folder / "tokenizer.json").read_bytes() == (shipped_checkpoint() / "tokenizer.json").read_bytes()
+
+
+@EACH
+def test_the_results_add_up_to_the_record(name):
     """`memory.jsonl` has each answer; `memory.json` their sums."""
-    lines = (ROOT / RECORDS / "memory.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / CARDS / "records" / name / "memory.jsonl").read_text(encoding="utf-8").splitlines()
     solved, asked = {}, {}
     for entry in map(json.loads, lines):
         if entry["part"] in ("addition", "tools", "needle"):
             key = (entry["part"], entry["case"].get("length"), entry["case"].get("mode"))
             solved[key] = solved.get(key, 0) + entry["result"]["solved"]
             asked[key] = asked.get(key, 0) + 1
-    parts = records["memory"]["parts"]
-    expected = {(name, None, None): parts[name] for name in ("addition", "tools")}
+    parts = read_records(ROOT, name)["memory"]["parts"]
+    expected = {(part, None, None): parts[part] for part in ("addition", "tools")}
     expected |= {("needle", row["length"], row["mode"]): row for row in parts["needle"]["rows"]}
     assert solved == {key: row["solved"] for key, row in expected.items()}
     assert asked == {key: row["asked"] for key, row in expected.items()}
@@ -90,7 +112,8 @@ def test_the_results_add_up_to_the_record(records):
 
 def test_templates_have_no_figures_of_their_own(records):
     """A number that stands in a template is a name, a date or a setting, and one of these."""
-    text = "".join((ROOT / path).read_text(encoding="utf-8") for path in (TEMPLATE, README_TEMPLATE))
+    paths = (*(CARDS / f"{name}.template.md" for name in SHIPPED), README_TEMPLATE)
+    text = "".join((ROOT / path).read_text(encoding="utf-8") for path in paths)
     text = re.sub(r"\{[^}]*\}|`[^`\n]*`|arXiv:[\d.]+|\(\d+\)", "", text)
     numbers = set(re.findall(r"\d[\d.,]*\d|\d", text))
     # apache-2.0, MiniCPM4, v2, heads; columns; bfloat16, SHA-256; the longest dense stage, checked below.
@@ -145,19 +168,21 @@ def test_shares_are_of_what_was_asked(records):
     assert all(0 <= share <= 1 for found in shares.values() for share in found.values())
 
 
-def test_the_card_says_what_the_checkpoint_is():
-    text = (ROOT / CARD).read_text(encoding="utf-8")
+@EACH
+def test_the_card_says_what_the_checkpoint_is(name):
+    text = (ROOT / CARDS / f"{name}.md").read_text(encoding="utf-8")
     assert text.startswith("---\nlicense: apache-2.0\n")
-    for heading in ("Targets", "What falls short", "Retrieval", "Prediction", "Training", "Data", "Limits"):
+    first = ("Targets", "Data") if name == SHIPPED[0] else ()
+    for heading in (*first, "What falls short", "Retrieval", "Prediction", "Training", "Limits"):
         assert f"\n## {heading}\n" in text
     for link in re.findall(r"\]\(([^)]+)\)", text):
-        assert (ROOT / CARD.parent / link).is_file()
-    assert "](" not in (ROOT / SHIPPED_CARD).read_text(encoding="utf-8")
+        assert (ROOT / CARDS / link).is_file()
+    assert "](" not in (ROOT / CHECKPOINTS / name / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_figure_without_a_record_is_an_error(records, tmp_path, capsys):
+def test_a_figure_without_a_record_is_an_error(tmp_path, capsys):
     with pytest.raises(ValueError, match="'speed', which is in no record; measure it first"):
-        fill_template("{training[speed]}", records)
+        fill_template("{training[speed]}", all_fields(ROOT)[SHIPPED[0]])
     with pytest.raises(ValueError, match="markers"):
         replace_figures("no markers", "1")
     assert main(["--root", str(tmp_path)]) == 2

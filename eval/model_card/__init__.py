@@ -1,1 +1,1 @@
-"""Fill the shipped checkpoint's model card, and README's figures, from committed records."""
+"""Fill the shipped checkpoints' model cards, and README's figures, from committed records."""

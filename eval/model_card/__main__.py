@@ -1,11 +1,12 @@
-"""Fill a model card from committed records, so that no figure in it is typed by hand.
+"""Fill model cards from committed records, so that no figure in them is typed by hand.
 
     python -m minicpm4_hf.eval.model_card
 
-run in the repository's root, rewrites `model_cards/minicpm4-books.md` from its template and the JSON files in
-`model_cards/records/minicpm4-books`, the copy that ships beside the weights, the two figures, and the block of figures
-in README.md. A template is ordinary Markdown with `{record[key][key]:format}` fields, `record` being a JSON file's
-name, and what `template_fields` adds to the records. Needs matplotlib.
+run in the repository's root, rewrites the card in `model_cards` of each checkpoint that the package ships, from its
+template and the JSON files in `model_cards/records/NAME`, the copy that ships beside the weights, the figures, and
+the block of figures in README.md. A template is ordinary Markdown with `{record[key][key]:format}` fields, `record`
+being a JSON file's name, and what `template_fields` adds to the records; `{NAME[record]}`, with underscores for
+hyphens, is what the card of NAME could say. Needs matplotlib.
 
 The exit code is 0, or 2 with one sentence on stderr when a record, a template or matplotlib is missing.
 """
@@ -17,21 +18,20 @@ from pathlib import Path
 
 from minicpm4_hf.eval.memory.heatmap import plot_heatmap
 from minicpm4_hf.kernels.bench.__main__ import write_atomically
+from minicpm4_hf.shipped import SHIPPED
 
 from .figures import plot_training, stage_table
 from .targets import needle_shares, target_table
 
-CARD = Path("model_cards/minicpm4-books.md")
-TEMPLATE = Path("model_cards/minicpm4-books.template.md")
-RECORDS = Path("model_cards/records/minicpm4-books")
-CURVE, NEEDLE = Path("model_cards/minicpm4-books-training.svg"), Path("model_cards/minicpm4-books-needle.svg")
-SHIPPED_CARD = Path("src/minicpm4_hf/checkpoints/minicpm4-books/README.md")
-README, README_TEMPLATE = Path("README.md"), Path("model_cards/readme-figures.template.md")
+CARDS, CHECKPOINTS = Path("model_cards"), Path("src/minicpm4_hf/checkpoints")
+CURVE, NEEDLE = CARDS / "minicpm4-books-training.svg", CARDS / "minicpm4-books-needle.svg"
+README, README_TEMPLATE = Path("README.md"), CARDS / "readme-figures.template.md"
 _BEGIN, _END = "<!-- figures: written by minicpm4_hf.eval.model_card -->", "<!-- end of figures -->"
 
 
-def read_records(folder: Path) -> dict:
-    """Every JSON file of a folder by its name without suffix."""
+def read_records(root: Path, name: str) -> dict:
+    """Every JSON record of a checkpoint by its file's name without suffix."""
+    folder = root / CARDS / "records" / name
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
@@ -41,13 +41,14 @@ def template_fields(records: dict) -> dict:
     Returns:
         `bits`: bits per byte by book and attention; `long`: the rows of sparse against dense attention by context,
         as `8k`; `needle`: right answers as a share, by length in the same way and attention; `held_out`: of each
-        training record, bits per byte after each stage; `target_table`, `stage_table`: Markdown.
+        training record, bits per byte after each stage; `stage_table`, and `target_table` where there are records of
+        compressors: Markdown.
     """
     parts = records["memory"]["parts"]
     bits = {}
     for row in parts["bits-per-byte"]["rows"]:
         bits.setdefault(row["text"].removesuffix(".txt"), {})[row["mode"]] = row["bits_per_byte"]
-    return {
+    fields = {
         "bits": bits,
         "long": {f"{row['context'] >> 10}k": row for row in parts["sparse-dense"]["rows"]},
         "needle": {f"{length >> 10}k": shares for length, shares in needle_shares(records["memory"]).items()},
@@ -56,19 +57,29 @@ def template_fields(records: dict) -> dict:
             for name, record in records.items()
             if record.get("benchmark") == "training"
         },
-        "target_table": target_table(records),
         "stage_table": stage_table(records["training"]),
     }
+    return {**fields, "target_table": target_table(records)} if "compressors" in records else fields
 
 
-def fill_template(template: str, records: dict) -> str:
+def all_fields(root: Path) -> dict[str, dict]:
+    """What the card of each shipped checkpoint can say, by its name: its records, and what is made of them."""
+    fields = {}
+    for name in SHIPPED:
+        records = read_records(root, name)
+        files = [path for path in (root / CHECKPOINTS / name).iterdir() if path.name != "README.md"]
+        fields[name] = {**records, **template_fields(records), "megabytes": sum(f.stat().st_size for f in files) / 1e6}
+    return fields
+
+
+def fill_template(template: str, fields: dict) -> str:
     """The template with its fields replaced.
 
     Raises:
         ValueError: a field that no record has.
     """
     try:
-        return template.format(**records, **template_fields(records))
+        return template.format(**fields)
     except (KeyError, IndexError) as error:
         raise ValueError(f"The template asks for {error}, which is in no record; measure it first.") from error
 
@@ -88,13 +99,18 @@ def replace_figures(text: str, figures: str) -> str:
 
 def render(root: Path) -> dict[Path, str]:
     """Every Markdown text that the records decide, by its path under `root`."""
-    records = read_records(root / RECORDS)
-    card = fill_template((root / TEMPLATE).read_text(encoding="utf-8"), records)
-    figures = fill_template((root / README_TEMPLATE).read_text(encoding="utf-8"), records)
-    readme = replace_figures((root / README).read_text(encoding="utf-8"), figures)
-    # Beside the weights there are no figures to show.
-    alone = "".join(line for line in card.splitlines(keepends=True) if not line.startswith("!["))
-    return {CARD: card, SHIPPED_CARD: alone, README: readme}
+    fields, texts = all_fields(root), {}
+    named = {name.replace("-", "_"): found for name, found in fields.items()}
+    for name in SHIPPED:
+        template = (root / CARDS / f"{name}.template.md").read_text(encoding="utf-8")
+        card = fill_template(template, {**named, **fields[name]})
+        texts[CARDS / f"{name}.md"] = card
+        # Beside the weights there are no figures to show.
+        alone = "".join(line for line in card.splitlines(keepends=True) if not line.startswith("!["))
+        texts[CHECKPOINTS / name / "README.md"] = alone
+    figures = fill_template((root / README_TEMPLATE).read_text(encoding="utf-8"), {**named, **fields[SHIPPED[0]]})
+    texts[README] = replace_figures((root / README).read_text(encoding="utf-8"), figures)
+    return texts
 
 
 def draw(root: Path) -> dict[Path, str]:
@@ -103,7 +119,7 @@ def draw(root: Path) -> dict[Path, str]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    records = read_records(root / RECORDS)
+    records = read_records(root, SHIPPED[0])
     return {CURVE: plot_training(records["training"]), NEEDLE: plot_heatmap(records["memory"])}
 
 

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `minicpm4 info`."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--model", metavar="PATH_OR_ID", help="folder or Hub id of a checkpoint (default: the shipped one)"
+        "--model",
+        metavar="PATH_OR_ID",
+        help="folder, Hub id or shipped name of a checkpoint (default: minicpm4-books)",
     )
     source.add_argument("--preset", metavar="NAME", help="an official model, without its weights")
     add_attention_arguments(parser)

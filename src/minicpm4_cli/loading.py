@@ -34,7 +34,9 @@ def positive_int(text: str) -> int:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that runs a model of the user's choice."""
     parser.add_argument(
-        "--model", metavar="PATH_OR_ID", help="folder or Hub id of a checkpoint (default: the shipped one)"
+        "--model",
+        metavar="PATH_OR_ID",
+        help="folder, Hub id or shipped name of a checkpoint (default: minicpm4-books)",
     )
     add_attention_arguments(parser)
     add_device_arguments(parser)
@@ -132,20 +134,21 @@ def find_device(name: str):
 
 
 def find_checkpoint(model: str | None) -> tuple[Path, str]:
-    """The local folder of a checkpoint and the name to call it by; a Hub id is downloaded.
+    """The local folder of a checkpoint and the name to call it by: a folder, a shipped one's name, or a Hub id.
+
+    A Hub id is downloaded; None is the first of those shipped.
 
     Raises:
         FileNotFoundError, NotADirectoryError: no such folder.
         OSError: the Hub has no such repository, or cannot be reached.
     """
-    if model is None:
-        from minicpm4_hf.shipped import shipped_checkpoint
+    from minicpm4_hf.shipped import SHIPPED, shipped_checkpoint
 
-        folder = shipped_checkpoint()
-        return folder, folder.name
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder, model
+    folder = shipped_checkpoint() if model is None else Path(model).expanduser()
+    if model is None or folder.is_dir():
+        return folder, model or folder.name
+    if model in SHIPPED:
+        return shipped_checkpoint(model), model
     if folder.exists():
         raise NotADirectoryError(f"`--model` must be a checkpoint's folder, but {model!r} is a file; name its folder.")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):

@@ -1,17 +1,25 @@
-"""Where the files lie that the package ships: a small trained checkpoint, and the text its demonstration reads."""
+"""Where the files lie that the package ships: small trained checkpoints, and the text its demonstration reads."""
 
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
+# The first is what commands take where no model is named; the second is made from it, with ternary weights.
+SHIPPED = ("minicpm4-books", "minicpm4-books-ternary")
 
 
-def shipped_checkpoint() -> Path:
-    """Folder of the shipped checkpoint `minicpm4-books`, ready for `from_pretrained`.
+def shipped_checkpoint(name: str = SHIPPED[0]) -> Path:
+    """Folder of a shipped checkpoint, ready for `from_pretrained`.
+
+    Args:
+        name: one of `SHIPPED`.
 
     Raises:
+        ValueError: another name.
         FileNotFoundError: this installation came without it.
     """
-    return _existing(_PACKAGE / "checkpoints" / "minicpm4-books", "config.json")
+    if name not in SHIPPED:
+        raise ValueError(f"The package ships {' and '.join(SHIPPED)}, not {name!r}.")
+    return _existing(_PACKAGE / "checkpoints" / name, "config.json")
 
 
 def shipped_excerpt() -> Path:
@@ -32,4 +40,4 @@ def _existing(path: Path, inside: str = "") -> Path:
     return path
 
 
-__all__ = ["shipped_checkpoint", "shipped_excerpt"]
+__all__ = ["SHIPPED", "shipped_checkpoint", "shipped_excerpt"]

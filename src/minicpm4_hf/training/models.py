@@ -6,22 +6,20 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer
 
 from minicpm4_hf.configuration_minicpm4 import MiniCPM4Config
-from minicpm4_hf.shipped import shipped_checkpoint
+from minicpm4_hf.shipped import SHIPPED, shipped_checkpoint
 from minicpm4_hf.training.qat import check_fit
-
-SHIPPED = "minicpm4-books"
 
 
 def find_model(name: str | Path) -> str | Path:
-    """The folder or Hub name by which a model loads: `name` itself, or the shipped checkpoint's for its name.
+    """The folder or Hub name by which a model loads: `name` itself, or a shipped checkpoint's for its name.
 
     Raises:
         FileNotFoundError: no such folder, and no Hub name either; or this installation lacks the shipped checkpoint.
     """
     if Path(name).is_dir():
         return name
-    if name == SHIPPED:
-        return shipped_checkpoint()
+    if name in SHIPPED:
+        return shipped_checkpoint(name)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
         raise FileNotFoundError(
             f"There is no model folder {str(name)!r}, and it is no Hub name (owner/name) either; look at the recipe."
