@@ -205,6 +205,15 @@ def test_loads_without_gptqmodel(source, sequences, tmp_path, dtype, tokens):
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_loads_after_importing_the_package_alone(source, sequences, tmp_path):
+    """In a new process: nothing that a test imports may be what registers the layout."""
+    quantize(source, tmp_path / "out", sequences)
+    program = (
+        "import sys, minicpm4_hf; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], check=True)
+
+
 def test_files_that_need_gptqmodel_are_refused(source, sequences, tmp_path):
     quantize(source, tmp_path / "out", sequences)
     path = tmp_path / "out" / "config.json"

@@ -1,5 +1,6 @@
 """Low-bit weights in plain PyTorch: quantising, packing, the modules that hold packed weights, and their loading."""
 
+from . import gptq  # noqa: F401  registers the loading of GPTQ's layout
 from .bitcpm import BitCPMConfig
 from .int4 import dequantize_int4, pack_gptq, quantize_int4, quantize_int8, unpack_gptq
 from .linear import Int4Linear, PackedEmbedding, PackedHead, TernaryLinear, TiedHead
