@@ -12,12 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from minicpm4_hf import MiniCPM4Config
 from minicpm4_hf.eval.__main__ import main
 from minicpm4_hf.eval.speed import contestants as contestants_module
+from minicpm4_hf.eval.speed import packed_files
 from minicpm4_hf.eval.speed.contestants import (
     CONTESTANTS,
     SCORE_BYTES,
+    TINY_SHAPE,
     build_model,
     choose_chunk,
     describe_shape,
@@ -119,6 +123,45 @@ def test_run_survives_a_kill(tmp_path, capsys):
     again = capsys.readouterr()
     assert "round" not in again.err and read_measurements(sidecar) == lines
     assert "x ours-dense" in again.out
+
+
+def test_low_bit_models_are_packed_once_and_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments = ["speed", "--preset", "tiny", "--rounds", "1", "--steps", "2", "--threads", "1", "--prompt", "200"]
+    names = ["ours-ternary", "ours-int4"]
+    for _ in range(2):
+        assert main([*arguments, "--depth", "0", "150", "--contestants", *names]) == 0
+        document = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert [(row["contestant"], row["tokens"]) for row in document["decode"]] == [
+            (name, depth) for depth in (150, 0) for name in names
+        ]
+        written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+        assert len(list((tmp_path / "cache" / "minicpm4_hf" / "speed").iterdir())) == 2
+    folders = {
+        json.loads(path.read_text())["quantization_config"]["bits"]: path
+        for path in written
+        if path.name == "config.json"
+    }
+    assert set(folders) == {2, 4}
+    again = {path: path.stat().st_mtime_ns for path in written}
+    assert again == written
+
+
+@pytest.mark.slow
+def test_low_bit_files_of_llama_cpp_have_the_same_codes(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shape = {**TINY_SHAPE, "hidden_size": 256, "intermediate_size": 256, "head_dim": 32}
+    for kind, name in (("ternary", "TQ2_0"), ("int4", "Q4_0")):
+        path = packed_files.ensure_gguf(kind, MiniCPM4Config(dim_model_base=64, **shape), 0)
+        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        assert tensors["blk.0.ffn_up.weight"].tensor_type.name == name
+        assert tensors["token_embd.weight"].tensor_type.name == packed_files.EMBEDDING_TYPES[kind].upper()
+        model = AutoModelForCausalLM.from_pretrained(path.with_suffix(""), dtype=torch.float32)
+        x = torch.eye(256)
+        ours = model.model.layers[0].mlp.up_proj(x).T.detach()
+        theirs = gguf.dequantize(tensors["blk.0.ffn_up.weight"].data, tensors["blk.0.ffn_up.weight"].tensor_type)
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ LLAMA_CPP_MISSING = (
 )
 SCORE_BYTES = 2 * 1024**3  # what a pass may spend on attention scores where they are formed in full
 OVERHEAD_BYTES = 1024**3  # Python, libraries, the allocator
+# llama.cpp rounds the inputs of low-bit layers to 8 bits, layer after layer.
+ROUNDED_INPUTS = 0.15
 
 # Every model in miniature, for a trial of the whole command.
 TINY_SHAPE = {
@@ -149,6 +151,8 @@ class Contestant:
     engine: str = "torch"
     twin: str | None = None  # a contestant with the same weights, which must give the same logits
     by_name: bool = False  # takes part only where it is asked for by name
+    packed: str | None = None  # low-bit weights, "ternary" or "int4"
+    tolerance: float | None = None  # relative difference of its logits from its twin's; None: the dtype's
 
 
 CONTESTANTS = {
@@ -183,6 +187,28 @@ CONTESTANTS = {
     "llama.cpp": Contestant(
         "llama.cpp, the Llama's weights in F16", llama_config, engine="llama.cpp", twin="llama-sdpa"
     ),
+    # Low-bit weights, the same codes in ours' packed folders and in llama.cpp's files.
+    **{
+        f"ours-{kind}": Contestant(
+            f"MiniCPM4, InfLLM v2, {kind} layers",
+            lambda preset: minicpm4_config(preset, sparse=True),
+            by_name=True,
+            packed=kind,
+        )
+        for kind in ("ternary", "int4")
+    },
+    **{
+        f"llama.cpp-{name.lower()}": Contestant(
+            f"llama.cpp, the layers of ours-{kind} in {name}",
+            lambda preset: minicpm4_config(preset, sparse=False),
+            engine="llama.cpp",
+            twin=f"ours-{kind}",
+            by_name=True,
+            packed=kind,
+            tolerance=ROUNDED_INPUTS,
+        )
+        for kind, name in (("ternary", "TQ2_0"), ("int4", "Q4_0"))
+    },
 }
 
 

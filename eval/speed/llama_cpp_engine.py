@@ -7,6 +7,7 @@ import time
 import llama_cpp
 import numpy as np
 
+from . import packed_files
 from .contestants import CONTESTANTS
 from .gguf_file import ensure_gguf
 from .weights import random_ids
@@ -19,8 +20,15 @@ class LlamaCppEngine:
 
     def __init__(self, settings: dict):
         self.seed = settings["seed"]
-        config = CONTESTANTS[settings["contestant"]].make_config(settings["preset"])
-        path = ensure_gguf(config, self.seed)
+        contestant = CONTESTANTS[settings["contestant"]]
+        config = contestant.make_config(settings["preset"])
+        if contestant.packed:
+            # The file is that of the twin's folder.
+            twin = CONTESTANTS[contestant.twin].make_config(settings["preset"])
+            path = packed_files.ensure_gguf(contestant.packed, twin, self.seed)
+        else:
+            path = ensure_gguf(config, self.seed)
+        self.file_type = "F16" if contestant.packed is None else settings["contestant"].rpartition("-")[2].upper()
         self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
@@ -44,7 +52,7 @@ class LlamaCppEngine:
 
     def describe(self) -> dict:
         return {
-            "dtype": "float16",
+            "dtype": self.file_type,
             "attention": "flash attention, F16 keys and values",
             "system": llama_cpp.llama_print_system_info().decode().strip(" |"),
         }

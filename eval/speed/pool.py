@@ -91,7 +91,7 @@ class Pool:
         """
         others = [worker for name, worker in self.workers.items() if name != contestant]
         # llama.cpp last: what it has evaluated would have to be evaluated again.
-        others.sort(key=lambda worker: (worker.name == "llama.cpp", -worker.resident_bytes))
+        others.sort(key=lambda worker: (worker.name.startswith("llama.cpp"), -worker.resident_bytes))
         while others and need_bytes + sum(worker.resident_bytes for worker in others) > self.memory_limit:
             self.end(others.pop(0).name)
         if contestant not in self.workers:

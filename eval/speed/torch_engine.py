@@ -8,11 +8,12 @@ import time
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from minicpm4_hf.kernels import resolve_backend
 
 from .contestants import CONTESTANTS, build_model
+from .packed_files import ensure_folder
 from .weights import make_weight, random_buffer, random_ids
 
 
@@ -24,9 +25,13 @@ class TorchEngine:
         contestant = CONTESTANTS[settings["contestant"]]
         self.dtype, self.seed = getattr(torch, settings["dtype"]), settings["seed"]
         config = contestant.make_config(settings["preset"])
-        self.model = build_model(config, self.dtype, contestant.attention)
         self.buffer = random_buffer(self.seed)
-        fill_weights_(self.model, self.buffer)
+        if contestant.packed:
+            folder = ensure_folder(contestant.packed, config, self.seed)
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype).eval()
+        else:
+            self.model = build_model(config, self.dtype, contestant.attention)
+            fill_weights_(self.model, self.buffer)
 
     def describe(self) -> dict:
         config = self.model.config
