@@ -3,10 +3,11 @@
     python -m minicpm4_hf.eval.model_card
 
 run in the repository's root, rewrites the card in `model_cards` of each checkpoint that the package ships, from its
-template and the JSON files in `model_cards/records/NAME`, the copy that ships beside the weights, the figures, and
-the block of figures in README.md. A template is ordinary Markdown with `{record[key][key]:format}` fields, `record`
-being a JSON file's name, and what `template_fields` adds to the records; `{NAME[record]}`, with underscores for
-hyphens, is what the card of NAME could say. Needs matplotlib.
+template and its records; the copy that ships beside the weights; the figures; and the block of figures in README.md.
+Records are the JSON files in `model_cards/records/NAME`, and `eval/results/WHAT-NAME.json` under the name WHAT. A
+template is ordinary Markdown with `{record[key][key]:format}` fields, `record` being a record's name, and what
+`template_fields` adds; `{NAME[record]}`, with underscores for hyphens, is what the card of NAME could say. Needs
+matplotlib.
 
 The exit code is 0, or 2 with one sentence on stderr when a record, a template or matplotlib is missing.
 """
@@ -20,19 +21,20 @@ from minicpm4_hf.eval.memory.heatmap import plot_heatmap
 from minicpm4_hf.kernels.bench.__main__ import write_atomically
 from minicpm4_hf.shipped import SHIPPED
 
-from .figures import plot_training, stage_table
+from .figures import benchmark_table, plot_training, ruler_table, stage_table
 from .targets import needle_shares, target_table
 
-CARDS, CHECKPOINTS = Path("model_cards"), Path("src/minicpm4_hf/checkpoints")
+CARDS, RESULTS, CHECKPOINTS = Path("model_cards"), Path("eval/results"), Path("src/minicpm4_hf/checkpoints")
 CURVE, NEEDLE = CARDS / "minicpm4-books-training.svg", CARDS / "minicpm4-books-needle.svg"
 README, README_TEMPLATE = Path("README.md"), CARDS / "readme-figures.template.md"
 _BEGIN, _END = "<!-- figures: written by minicpm4_hf.eval.model_card -->", "<!-- end of figures -->"
 
 
 def read_records(root: Path, name: str) -> dict:
-    """Every JSON record of a checkpoint by its file's name without suffix."""
-    folder = root / CARDS / "records" / name
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    """Every JSON record of a checkpoint: its folder's by their names, and `eval/results/WHAT-NAME.json` as WHAT."""
+    paths = [*(root / CARDS / "records" / name).glob("*.json"), *(root / RESULTS).glob(f"*-{name}.json")]
+    stems = {path.stem.removesuffix(f"-{name}").replace("-", "_"): path for path in sorted(paths)}
+    return {stem: json.loads(path.read_text(encoding="utf-8")) for stem, path in stems.items()}
 
 
 def template_fields(records: dict) -> dict:
@@ -41,8 +43,8 @@ def template_fields(records: dict) -> dict:
     Returns:
         `bits`: bits per byte by book and attention; `long`: the rows of sparse against dense attention by context,
         as `8k`; `needle`: right answers as a share, by length in the same way and attention; `held_out`: of each
-        training record, bits per byte after each stage; `stage_table`, and `target_table` where there are records of
-        compressors: Markdown.
+        training record, bits per byte after each stage; and Markdown: `stage_table`, and with the records that they
+        need `target_table`, `benchmarks_table` and `ruler_table`.
     """
     parts = records["memory"]["parts"]
     bits = {}
@@ -59,7 +61,13 @@ def template_fields(records: dict) -> dict:
         },
         "stage_table": stage_table(records["training"]),
     }
-    return {**fields, "target_table": target_table(records)} if "compressors" in records else fields
+    if "compressors" in records:
+        fields["target_table"] = target_table(records)
+    for kind, make_table in (("benchmarks", benchmark_table), ("ruler", ruler_table)):
+        found = [record for record in records.values() if record.get("benchmark") == kind]
+        if found:
+            fields[f"{kind}_table"] = make_table(found)
+    return fields
 
 
 def all_fields(root: Path) -> dict[str, dict]:

@@ -1,4 +1,4 @@
-"""Tables and the figure of a training record."""
+"""Tables of a card's records, and the figure of a training."""
 
 import io
 
@@ -24,6 +24,39 @@ def stage_table(training: dict) -> str:
             f"| {done['name']} | {size} | {wanted['learning_rate']:g} | {tasks} | {attention} "
             f"| {done['held_out_bits_per_byte']:.3f} |"
         )
+    return "\n".join(lines)
+
+
+def benchmark_table(records: list[dict]) -> str:
+    """Records of `eval benchmarks` as a Markdown table: a line a task, a column a record, by its attention."""
+    columns = {attention_of(record): {row["task"]: row for row in record["rows"]} for record in records}
+    lines = [f"| | samples | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
+    for task, row in next(iter(columns.values())).items():
+        scores = " | ".join(f"{rows[task]['score']:.1f}" for rows in columns.values())
+        lines.append(f"| {task} | {row['samples']} | {scores} |")
+    return "\n".join(lines)
+
+
+def attention_of(record: dict) -> str:
+    """ "dense" or "sparse", by the model's settings in a record."""
+    return "dense" if record["model"]["sparse_config"] is None else "sparse"
+
+
+def ruler_table(records: list[dict]) -> str:
+    """Records of `eval ruler` at different lengths as a Markdown table: a line a task, dense / sparse by length."""
+    rows = [row for record in records for row in record["rows"]]
+    averages = [row for record in records for row in record["averages"]]
+    scores = {(row["length"], row["mode"], row["task"]): row["score"] for row in rows}
+    scores |= {(row["length"], row["mode"], "average"): row["score"] for row in averages}
+    samples = {row["length"]: row["samples"] for row in rows}
+    lengths = sorted(samples)
+    lines = [
+        "| dense / sparse | " + " | ".join(f"{length:,} ({samples[length]} a task)" for length in lengths) + " |",
+        "|---|" + "---|" * len(lengths),
+    ]
+    for task in [*dict.fromkeys(row["task"] for row in rows), "average"]:
+        cells = (f"{scores[n, 'dense', task]:.1f} / {scores[n, 'sparse', task]:.1f}" for n in lengths)
+        lines.append(f"| {task} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
