@@ -1,6 +1,7 @@
 """README.md tells the truth: its code runs, its commands and flags exist, its links lead somewhere."""
 
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -39,6 +40,15 @@ def test_python_blocks_run(tmp_path):
     assert shown[0].startswith("It was a dark night, and") and len(shown[0]) > 30
     assert "torch.Size([1, 16, 10, 64]) torch.Size([1, 2, 10, 24])" in shown
     assert shown[-1] == "torch.uint8"
+
+
+def test_python_blocks_of_the_evaluation_page_run(tmp_path):
+    page = (ROOT / "eval" / "README.md").read_text(encoding="utf-8")
+    texts = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", "\n".join(texts)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    accuracy, perplexity = done.stdout.splitlines()
+    assert "1.0" in accuracy and float(perplexity) == pytest.approx(math.exp(0.7))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -28,8 +28,10 @@ def stage_table(training: dict) -> str:
 
 
 def benchmark_table(records: list[dict]) -> str:
-    """Records of `eval benchmarks` as a Markdown table: a line a task, a column a record, by its attention."""
-    columns = {attention_of(record): {row["task"]: row for row in record["rows"]} for record in records}
+    """Records of `eval benchmarks` as a Markdown table: a line a task, a column an attention."""
+    columns: dict[str, dict[str, dict]] = {}
+    for record in records:
+        columns.setdefault(attention_of(record), {}).update({row["task"]: row for row in record["rows"]})
     lines = [f"| | samples | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
     for task, row in next(iter(columns.values())).items():
         scores = " | ".join(f"{rows[task]['score']:.1f}" for rows in columns.values())

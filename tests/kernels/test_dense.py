@@ -206,6 +206,22 @@ def test_parts_of_sdpa_give_attention_over_a_prefix(num_queries, num_keys):
     assert (tile_attention(q, k, v, scale=0.3).double() - exact).abs().max() <= allowed
 
 
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2])
+def test_subnormal_weights_are_zero_inside_and_nowhere_else(threads):
+    """exp(-90) is below 2^-126, where arithmetic may be 80 times slower; the caller's keeps such numbers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        q = torch.ones(1, 1, 1, 16)
+        k = torch.stack((torch.zeros(16), torch.full((16,), -90 / 16)))[None, None]
+        v = torch.stack((torch.zeros(16), torch.full((16,), 1e30)))[None, None]
+        assert torch.equal(dense_attention(q, k, v, scale=1.0, backend="cpu"), torch.zeros(1, 1, 1, 16))
+        assert torch.tensor(1e-40) * 0.5 > 0
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_float64_and_gradients_run_on_the_reference():
     tensors = make_inputs(2, 50, 2, 3, 16)
     out = check_parity(*tensors, "auto", kv_start=torch.tensor([0, 20]), sliding_window=7)
