@@ -6,6 +6,7 @@ import os
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.pop("PYTEST_ADDOPTS", None)  # a pytest that a test starts is one process
 
 import pytest
 import torch
