@@ -22,6 +22,7 @@ from minicpm4_hf.eval.model_card.__main__ import (
     render,
     replace_figures,
 )
+from minicpm4_hf.eval.model_card.figures import benchmark_table, ruler_table
 from minicpm4_hf.eval.model_card.targets import check_targets, needle_shares, target_table
 from minicpm4_hf.shipped import SHIPPED, shipped_checkpoint
 
@@ -178,6 +179,25 @@ def test_the_card_says_what_the_checkpoint_is(name):
     for link in re.findall(r"\]\(([^)]+)\)", text):
         assert (ROOT / CARDS / link).is_file()
     assert "](" not in (ROOT / CHECKPOINTS / name / "README.md").read_text(encoding="utf-8")
+
+
+def test_tables_of_several_records():
+    dense, sparse = ({"model": {"sparse_config": settings}} for settings in (None, {"topk": 3}))
+    rows = [{"task": name, "samples": 9, "score": score} for name, score in (("a", 1.0), ("b", 22.22))]
+    text = benchmark_table([{**dense, "rows": rows[:1]}, {**sparse, "rows": rows[::-1]}, {**dense, "rows": rows[1:]}])
+    assert text.splitlines()[2:] == ["| a | 9 | 1.0 | 1.0 |", "| b | 9 | 22.2 | 22.2 |"]
+    assert text.startswith("| | samples | dense | sparse |")
+
+    def record(length, score):
+        rows = [
+            {"length": length, "mode": mode, "task": "vt", "samples": 5, "score": score + add}
+            for mode, add in (("dense", 0), ("sparse", 1))
+        ]
+        return {"rows": rows, "averages": rows}
+
+    text = ruler_table([record(4096, 50.0), record(2048, 80.0)])
+    assert text.splitlines()[0] == "| dense / sparse | 2,048 (5 a task) | 4,096 (5 a task) |"
+    assert text.splitlines()[2:] == [f"| {name} | 80.0 / 81.0 | 50.0 / 51.0 |" for name in ("vt", "average")]
 
 
 def test_a_figure_without_a_record_is_an_error(tmp_path, capsys):

@@ -40,7 +40,7 @@ def benchmark_table(records: list[dict]) -> str:
 
 
 def attention_of(record: dict) -> str:
-    """ "dense" or "sparse", by the model's settings in a record."""
+    """How the model of a record attends: as "dense" or "sparse" in the cards."""
     return "dense" if record["model"]["sparse_config"] is None else "sparse"
 
 

@@ -22,7 +22,7 @@ def ensure_folder(kind: str, config, seed: int) -> Path:
     Args:
         kind: "ternary" or "int4".
     """
-    # Not above: a process that finds its GGUF file written is timed and weighed without torch.
+    # Not above: `torch_engine` imports this module, and a worker that finds its file written needs none of these.
     import torch
     from transformers import AutoModelForCausalLM
 

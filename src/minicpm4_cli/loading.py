@@ -153,7 +153,8 @@ def find_checkpoint(model: str | None) -> tuple[Path, str]:
         raise NotADirectoryError(f"`--model` must be a checkpoint's folder, but {model!r} is a file; name its folder.")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
         raise FileNotFoundError(
-            f"There is no model folder {model!r}, and it is no Hub id (owner/name) either; check `--model`."
+            f"There is no model folder {model!r}, and it is no Hub id (owner/name) and no shipped checkpoint "
+            f"({', '.join(SHIPPED)}) either; check `--model`."
         )
     return _download(model), model
 

@@ -209,9 +209,12 @@ def test_loads_after_importing_the_package_alone(source, sequences, tmp_path):
     """In a new process: nothing that a test imports may be what registers the layout."""
     quantize(source, tmp_path / "out", sequences)
     program = (
-        "import sys, minicpm4_hf; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+        "import sys, minicpm4_hf; from transformers import AutoModelForCausalLM as Auto; "
+        "print(type(Auto.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__)"
     )
-    subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], check=True)
+    command = [sys.executable, "-c", program, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == ["Int4Linear"], done.stderr
 
 
 def test_files_that_need_gptqmodel_are_refused(source, sequences, tmp_path):
