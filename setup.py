@@ -111,7 +111,7 @@ setup(
     },
     ext_modules=[Extension("minicpm4_hf.kernels.cpu._native", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative},
-    install_requires=["torch>=2.11", "transformers>=5.17,<6", "safetensors"],
+    install_requires=["torch>=2.11", "transformers>=5.23,<6", "safetensors"],
     extras_require={
         "serve": SERVE,
         "train": TRAIN,

@@ -35,6 +35,8 @@ from minicpm4_hf.eval.speed.schedule import Benchmark, DisagreementError, Settin
 from minicpm4_hf.eval.speed.torch_engine import TorchEngine, fill_weights_
 from minicpm4_hf.eval.speed.weights import make_weight, random_buffer, take
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 ENTRIES = ["ours-sparse", "ours-dense", "llama-sdpa"]
 RUN = ["speed", "--preset", "tiny", "--threads", "1", "--dtype", "float32", "--steps", "3", "--rounds", "2"]
 RUN += ["--contestants", *ENTRIES, "--prompt", "200", "--depth", "0", "300"]
@@ -190,7 +192,14 @@ def test_llama_cpp(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", [name for name, entry in CONTESTANTS.items() if entry.engine == "torch"])
 def test_every_model_runs(name):
     threads = torch.get_num_threads()
-    settings = {"contestant": name, "preset": "tiny", "dtype": "float32", "seed": 0, "threads": threads}
+    settings = {
+        "device": DEVICE,
+        "contestant": name,
+        "preset": "tiny",
+        "dtype": "float32",
+        "seed": 0,
+        "threads": threads,
+    }
     engine = TorchEngine(settings)
     assert engine.prompt(40, 16)["seconds"][0] > 0
     assert len(engine.decode(150, 2)["seconds"]) == 2
@@ -198,7 +207,7 @@ def test_every_model_runs(name):
     assert all(map(math.isfinite, logits)) and np.std(logits) > 0.01
     cache = engine._filled_cache(150)
     assert cache.get_seq_length() == 150
-    engine._step(torch.tensor([[3]]), cache)
+    engine._step(torch.tensor([[3]], device=DEVICE), cache)
     assert cache.get_seq_length() == 151
     twin = CONTESTANTS[name].twin
     if twin:
@@ -413,11 +422,13 @@ def test_records(tmp_path):
             "--against llama-eager is not among the --contestants: ours-sparse, ours-dense",
         ),
         (["--preset", "BitCPM-CANN-1B"], "is a Llama model without sparse attention"),
+        (["--device", "cuda"], "needs an NVIDIA GPU"),
         (["--memory-limit", "0.5"], "Nothing can be measured: takes about"),
     ],
     ids=lambda value: "=".join(value) if isinstance(value, list) else "",
 )
 def test_wrong_input(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     assert main([*RUN, *arguments]) == 2
     captured = capsys.readouterr()

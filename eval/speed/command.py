@@ -83,6 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="do not repeat a measurement that takes longer (default: %(default)s)",
     )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="llama.cpp takes part on the CPU only (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), metavar="N")
     parser.add_argument(
         "--dtype",
@@ -100,9 +106,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-limit",
         type=float,
-        default=round(0.85 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
         metavar="GIB",
-        help="for all workers together (default: 85%% of this machine's, %(default)s)",
+        help="for all workers together, on the host or the GPU (default: 85%% of what the machine has)",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the result to this file")
     parser.add_argument("--resume", action="store_true", help="go on with the run that wrote --output's .jsonl")
@@ -133,6 +138,13 @@ def choose_contestants(asked: list[str] | None, against: list[str]) -> tuple[tup
     return tuple(name for name, entry in CONTESTANTS.items() if name not in absent and not entry.by_name), absent
 
 
+def default_memory_limit(device: str) -> int:
+    """85 % of the memory of the host or the GPU, in bytes."""
+    if device == "cuda":
+        return int(0.85 * torch.cuda.get_device_properties(0).total_memory)
+    return int(0.85 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
 def run_speed(args: argparse.Namespace) -> dict:
     """Measure what the arguments say, write and print the result.
 
@@ -144,6 +156,8 @@ def run_speed(args: argparse.Namespace) -> dict:
         raise ValueError("--resume needs the --output of the run to go on with.")
     if not args.prompt and not args.depth:
         raise ValueError("There is nothing to measure: --prompt and --depth are both empty.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs an NVIDIA GPU and a PyTorch built for CUDA; PyTorch finds none here.")
     contestants, absent = choose_contestants(args.contestants, args.against or [])
     against = args.against or [name for name in BASELINES if name in contestants] or [contestants[0]]
     settings = Settings(
@@ -158,10 +172,11 @@ def run_speed(args: argparse.Namespace) -> dict:
         seed=args.seed,
         chunk=args.chunk,
         once_above_s=args.once_above,
-        memory_limit=int(args.memory_limit * GIB),
+        memory_limit=int(args.memory_limit * GIB) if args.memory_limit else default_memory_limit(args.device),
+        device=args.device,
     )
     header = {name: getattr(settings, name) for name in ("preset", "dtype", "threads", "seed", "steps", "chunk")}
-    header.update(machine=describe_host(settings.threads), versions=describe_versions())
+    header.update(machine=describe_host(settings.threads, settings.device), versions=describe_versions())
     shapes = {name: describe_shape(CONTESTANTS[name].make_config(settings.preset)) for name in contestants}
     records = Records(sidecar_path(args.output) if args.output else None, header, resume=args.resume)
     benchmark = Benchmark(settings, shapes, records)

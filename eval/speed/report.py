@@ -25,11 +25,11 @@ def describe_versions() -> dict[str, str]:
     return versions
 
 
-def describe_host(threads: int) -> dict:
+def describe_host(threads: int, device: str = "cpu") -> dict:
     """The machine, with the workers' threads in place of this process's."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        **describe_machine("cpu"),
+        **describe_machine(device),
         "threads": threads,
         "cores": os.cpu_count(),
         "memory_gib": round(memory / GIB, 1),
@@ -59,7 +59,7 @@ def build_document(benchmark: Benchmark, against: list[str], absent: dict[str, s
     return {
         "benchmark": "speed",
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": describe_host(settings.threads),
+        "machine": describe_host(settings.threads, settings.device),
         "versions": describe_versions(),
         "preset": settings.preset,
         "dtype": settings.dtype,

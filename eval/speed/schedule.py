@@ -31,7 +31,8 @@ class Settings:
     seed: int
     chunk: int | None
     once_above_s: float
-    memory_limit: int  # bytes
+    memory_limit: int  # bytes, of the device
+    device: str = "cpu"
 
     @property
     def context_tokens(self) -> int:
@@ -77,7 +78,7 @@ class Benchmark:
 
     def __init__(self, settings: Settings, shapes: dict[str, dict], records: Records):
         self.settings, self.shapes, self.records = settings, shapes, records
-        worker_settings = {name: getattr(settings, name) for name in ("preset", "dtype", "threads", "seed")}
+        worker_settings = {name: getattr(settings, name) for name in ("preset", "dtype", "threads", "seed", "device")}
         worker_settings["context_tokens"] = settings.context_tokens
         self.pool = Pool(worker_settings, settings.memory_limit)
         self.left_out: dict[tuple[str, str, int], str] = {}
@@ -120,6 +121,8 @@ class Benchmark:
     def find_obstacle(self, name: str, measure: str, tokens: int) -> str | None:
         """Why a contestant cannot run a cell; None if it can."""
         longest = max(self.settings.prompts, default=0)
+        if CONTESTANTS[name].engine == "llama.cpp" and self.settings.device != "cpu":
+            return "runs on the CPU only here"
         if CONTESTANTS[name].engine == "llama.cpp" and measure == "decode" and tokens > longest:
             return f"reaches a depth by evaluating a prompt, and the longest --prompt is {longest}"
         need = self.need_bytes(name, measure, tokens)

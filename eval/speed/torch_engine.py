@@ -13,36 +13,38 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from minicpm4_hf.kernels import resolve_backend
 
 from .contestants import CONTESTANTS, build_model
-from .packed_files import ensure_folder
 from .weights import make_weight, random_buffer, random_ids
 
 
 class TorchEngine:
-    """One model on the CPU; nothing is kept from one measurement to the next."""
+    """One model on a CPU or GPU; nothing is kept from one measurement to the next."""
 
     def __init__(self, settings: dict):
         torch.set_num_threads(settings["threads"])
         contestant = CONTESTANTS[settings["contestant"]]
         self.dtype, self.seed = getattr(torch, settings["dtype"]), settings["seed"]
+        self.device = settings["device"]
         config = contestant.make_config(settings["preset"])
         self.buffer = random_buffer(self.seed)
         if contestant.packed:
+            from .packed_files import ensure_folder  # needs gguf
+
             folder = ensure_folder(contestant.packed, config, self.seed)
-            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype).eval()
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype).eval().to(self.device)
         else:
-            self.model = build_model(config, self.dtype, contestant.attention)
+            self.model = build_model(config, self.dtype, contestant.attention, self.device)
             fill_weights_(self.model, self.buffer)
 
     def describe(self) -> dict:
         config = self.model.config
         facts = {"dtype": str(self.dtype).removeprefix("torch."), "attention": config._attn_implementation}
         if getattr(config, "sparse_config", None):
-            facts["sparse_backend"] = resolve_backend("cpu")[0]
+            facts["sparse_backend"] = resolve_backend(self.device)[0]
         return facts
 
     def prompt(self, tokens: int, chunk: int) -> dict:
         """Seconds from a prompt's ids to the first token."""
-        ids = torch.tensor([random_ids(tokens, self.model.config.vocab_size, self.seed)])
+        ids = torch.tensor([random_ids(tokens, self.model.config.vocab_size, self.seed)], device=self.device)
         cache = DynamicCache(config=self.model.config)
         start = time.perf_counter()
         for part in ids.split(chunk, dim=1):
@@ -53,8 +55,11 @@ class TorchEngine:
     def decode(self, tokens: int, steps: int) -> dict:
         """Seconds of each of some steps with `tokens` random keys and values in the cache, and one step more."""
         cache = self._filled_cache(tokens)
-        token = self._step(torch.tensor([[1]]), cache)  # untimed: grows the buffers, pools the keys
+        token = self._step(
+            torch.tensor([[1]], device=self.device), cache
+        )  # untimed: grows the buffers, pools the keys
         seconds = []
+        token.item()  # a GPU's queue is empty
         for _ in range(steps):
             start = time.perf_counter()
             token = self._step(token, cache)
@@ -68,7 +73,7 @@ class TorchEngine:
         before = getattr(config, "sparse_config", None)
         if before:
             config.sparse_config = {**before, "dense_len": -1}
-        ids = torch.tensor([random_ids(tokens + 1, config.vocab_size, self.seed)])
+        ids = torch.tensor([random_ids(tokens + 1, config.vocab_size, self.seed)], device=self.device)
         cache, values = DynamicCache(config=config), []
         for part in (ids[:, :-1], ids[:, -1:]):
             with torch.inference_mode():
@@ -81,6 +86,8 @@ class TorchEngine:
     def release(self) -> None:
         """Give freed memory back to the system."""
         gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
         if sys.platform == "linux":
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
             if trim is not None:
@@ -97,7 +104,7 @@ class TorchEngine:
         if not tokens:
             return cache
         sample = DynamicCache(config=self.model.config)
-        self._step(torch.tensor([[1]]), sample)  # shows what a layer caches
+        self._step(torch.tensor([[1]], device=self.device), sample)  # shows what a layer caches
         for i, layer in enumerate(sample.layers):
             pair = [
                 self._random_states(like, tokens, 2 * i + part) for part, like in enumerate((layer.keys, layer.values))
@@ -108,8 +115,8 @@ class TorchEngine:
     def _random_states(self, like: torch.Tensor, tokens: int, offset: int) -> torch.Tensor:
         """`[B, H, tokens, D]` for a cache that holds `like [B, H, 1, D]`; made a piece at a time to save memory."""
         batch, heads, _, dim = like.shape
-        out = torch.empty(batch, heads, tokens, dim, dtype=like.dtype)
-        flat, piece = out.view(-1), torch.from_numpy(self.buffer).to(like.dtype)
+        out = torch.empty(batch, heads, tokens, dim, dtype=like.dtype, device=like.device)
+        flat, piece = out.view(-1), torch.from_numpy(self.buffer).to(like)
         piece = piece.roll(offset * 7919)
         for start in range(0, len(flat), len(piece)):
             flat[start : start + len(piece)] = piece[: len(flat) - start]

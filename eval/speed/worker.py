@@ -20,8 +20,15 @@ ENGINES = {
 }
 
 
-def resident_bytes(*, peak: bool = False) -> int:
-    """Resident memory of this process now, or its highest value since `reset_peak` (elsewhere than on Linux: ever)."""
+def resident_bytes(device: str, *, peak: bool = False) -> int:
+    """Memory of this process now, or its highest value since `reset_peak`: a GPU's, or what is resident on the host.
+
+    Elsewhere than on Linux the highest value on the host is the one ever reached.
+    """
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_reserved()
     name = "VmHWM:" if peak else "VmRSS:"
     if STATUS.exists():
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
@@ -29,8 +36,13 @@ def resident_bytes(*, peak: bool = False) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def reset_peak() -> None:
+def reset_peak(device: str) -> None:
     """Let the peak begin anew; see proc_pid_clear_refs(5)."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return
     try:
         CLEAR_REFS.write_text("5")
     except OSError:
@@ -47,7 +59,7 @@ def load_engine(settings: dict):
     """The engine of the settings, warmed up, and what the process held before it was made."""
     module, name = ENGINES[settings["engine"]]
     engine_class = getattr(importlib.import_module(f"minicpm4_hf.eval.speed.{module}"), name)
-    base = resident_bytes()
+    base = resident_bytes(settings["device"])
     engine = engine_class(settings)
     engine.prompt(min(64, settings["context_tokens"] - 4), 64)
     engine.decode(0, 2)
@@ -65,19 +77,20 @@ def serve(lines, answer) -> None:
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         answer({"error": " ".join(str(error).split())})
         return
-    answer({"result": engine.describe(), "resident_bytes": resident_bytes()})
+    device = settings["device"]
+    answer({"result": engine.describe(), "resident_bytes": resident_bytes(device)})
     for line in lines:
         request = json.loads(line)
-        reset_peak()
+        reset_peak(device)
         try:
             result = getattr(engine, request.pop("measure"))(**request)
         except (MemoryError, RuntimeError, ValueError) as error:
             engine.release()
             answer({"error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
             continue
-        result["peak_bytes"] = resident_bytes(peak=True) - base
+        result["peak_bytes"] = resident_bytes(device, peak=True) - base
         engine.release()
-        answer({"result": result, "resident_bytes": resident_bytes()})
+        answer({"result": result, "resident_bytes": resident_bytes(device)})
 
 
 def main() -> int:

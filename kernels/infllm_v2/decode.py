@@ -303,7 +303,6 @@ def select_decode(
         C=max(triton.next_power_of_2(group), 16),
         D=dim,
         BD=triton.next_power_of_2(dim),
-        BN=64 if q.dtype != torch.float32 else 32,
         BM=tile,
         BS=block_size,
         STRIDE=kernel_stride,
@@ -317,10 +316,16 @@ def select_decode(
         LOCAL=window_size // block_size,
         LSE_APPROX=lse_approx,
         PRECISION=dot_precision(q.dtype),
-        num_warps=4 if width <= 4096 and q.dtype != torch.float32 else 8,
-        num_stages=3 if q.dtype != torch.float32 else 2,
+        **select_decode_launch(q.dtype, width),
     )
     return block_indices
+
+
+def select_decode_launch(dtype: torch.dtype, width: int) -> dict:
+    """Coarse keys of a step and the launch settings of `select_decode_kernel`; `width` blocks are ranked."""
+    if dtype == torch.float32:
+        return {"BN": 32, "num_warps": 8, "num_stages": 2}
+    return {"BN": 64, "num_warps": 4 if width <= 4096 else 8, "num_stages": 3}
 
 
 def attend_decode(

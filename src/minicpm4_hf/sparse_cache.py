@@ -465,7 +465,7 @@ def _pool_static(operations, layer: StaticSparseLayer, key, num_new: int, plan: 
     """
     if operations.pool_static is None:
         raise ValueError(
-            "Sparse attention in a static cache needs the Triton kernels (`minicpm4-hf[gpu]`, MINICPM4_TRITON=1); use "
+            "Sparse attention in a static cache needs the Triton kernels (a GPU and `minicpm4-hf[gpu]`); use "
             "the default cache (`cache_implementation='dynamic'`)."
         )
     size, stride = plan.settings["kernel_size"], plan.settings["kernel_stride"]

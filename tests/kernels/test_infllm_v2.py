@@ -242,9 +242,15 @@ def test_triton_is_never_replaced_silently(monkeypatch):
     with pytest.raises((ValueError, RuntimeError), match=r"Triton|CUDA") as error:
         sparse_attention(q, k, v, backend="triton")
     assert "\n" not in str(error.value)
-    # on a GPU "auto" takes it only when told to
-    monkeypatch.setattr(kernels, "_triton_enabled", False)
-    assert kernels.resolve_backend("cuda")[0] == "reference"
-    assert "MINICPM4_TRITON=1" in kernels.resolve_backend("cuda")[1]
+    # on a GPU "auto" takes it where it is installed, unless told not to
+    for has_triton, enabled, name, word in [
+        (True, True, "triton", "Triton kernels"),
+        (False, True, "reference", "minicpm4-hf[gpu]"),
+        (True, False, "reference", "MINICPM4_TRITON=0"),
+    ]:
+        monkeypatch.setattr(kernels, "_has_triton", has_triton)
+        monkeypatch.setattr(kernels, "_triton_enabled", enabled)
+        found, reason = kernels.resolve_backend("cuda")
+        assert found == name and word in reason
     with pytest.raises(ValueError, match="takes tensors on the CPU, got cuda"):
         kernels.resolve_backend("cuda", "cpu")

@@ -410,6 +410,7 @@ COMPILERS = [
 ]
 
 
+@pytest.mark.skipif(not fp8.COMPILES, reason="needs PyTorch 2.13")
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiles_in_one_graph(compiler):
     torch.manual_seed(0)
@@ -431,6 +432,15 @@ def test_compiles_in_one_graph(compiler):
         for expected, ours in zip(*results):
             assert ours.dtype == expected.dtype
             assert (ours - expected).norm() <= tolerance * expected.norm()
+
+
+def test_does_not_compile_to_wrong_gradients(monkeypatch):
+    monkeypatch.setattr(fp8, "COMPILES", False)
+    layer = nn.Linear(128, 128)
+    layer.__class__ = FP8Linear
+    with pytest.raises(Exception, match="compiled gradients would be zero"):
+        torch.compile(layer, backend="eager", fullgraph=True)(torch.zeros(2, 128))
+    assert layer(torch.zeros(2, 128)).isfinite().all()
 
 
 def train_on_text(steps, *, use_fp8, seed=0, batch=4, length=64):

@@ -16,8 +16,9 @@ from minicpm4_hf.sparse_cache import infllm_v2_attention_forward as _reference_f
 
 # What can run InfLLM v2 in this version, and the device types it serves (None: all).
 BACKENDS = {"reference": None, "cpu": ("cpu",), "triton": ("cuda",)}
-# Compiled for GPUs and run in Triton's interpreter, but on no GPU so far: "auto" takes them only when told to.
-_triton_enabled = os.environ.get("MINICPM4_TRITON") == "1"
+# Looked up once: `torch.compile` cannot trace the lookup. MINICPM4_TRITON=0 keeps "auto" from the kernels.
+_has_triton = find_spec("triton") is not None
+_triton_enabled = os.environ.get("MINICPM4_TRITON") != "0"
 
 
 def resolve_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
@@ -39,13 +40,13 @@ def resolve_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
     if backend == "reference":
         return backend, "asked for by name"
     if backend == "triton" or (backend == "auto" and device_type == "cuda" and _triton_enabled):
-        if find_spec("triton") is not None:
+        if _has_triton:
             return "triton", "Triton kernels"
         if backend == "triton":
             raise RuntimeError("`backend='triton'` cannot run: Triton is missing (`pip install minicpm4-hf[gpu]`).")
         return "reference", "plain PyTorch; `pip install minicpm4-hf[gpu]` brings the Triton kernels"
     if device_type == "cuda" and backend == "auto":
-        return "reference", "plain PyTorch; the Triton kernels, not yet run on a GPU, need MINICPM4_TRITON=1"
+        return "reference", "plain PyTorch: MINICPM4_TRITON=0"
     if device_type != "cpu":
         if backend == "cpu":
             raise ValueError(

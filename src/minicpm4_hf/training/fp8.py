@@ -36,6 +36,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8_DTYPE).max  # 448
 BLOCK = 128
+# With torch 2.11 a compiled layer returns gradients of zero, outside autocast.
+COMPILES = torch.__version__ >= "2.13"
 BACKENDS = ("auto", "scaled_mm", "emulated")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -202,10 +204,15 @@ def fp8_linear(
 
     Raises:
         ValueError: unknown backend, or sizes that do not fit.
-        RuntimeError: `backend="scaled_mm"` where it cannot run.
+        RuntimeError: `backend="scaled_mm"` where it cannot run; in `torch.compile` before PyTorch 2.13.
     """
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"`x` must have {weight.shape[1]} features as `weight` has, got {x.shape[-1]}.")
+    if torch.compiler.is_compiling() and not COMPILES:
+        raise RuntimeError(
+            "FP8 layers compile with PyTorch 2.13 or newer; with this older one compiled gradients would be zero. "
+            "Update it, or leave `torch.compile` away."
+        )
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     out = _FP8Product.apply(x.reshape(-1, x.shape[-1]), weight, backend)
