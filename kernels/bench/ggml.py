@@ -68,14 +68,16 @@ class GgmlLayers:
     """`copies` equal weights `[N, K]` in a type of llama.cpp, and their products with one `x [M, K]`."""
 
     def __init__(self, weight: torch.Tensor, type_name: str, rows: int, copies: int, threads: int):
-        """Quantises `weight` with the gguf package.
+        """Quantises `weight` with the gguf package; `weight` becomes what the type then stands for, float32 `[N, K]`.
 
         Raises:
             RuntimeError: llama.cpp has no memory for it.
         """
         import gguf
 
-        blob = gguf.quants.quantize(weight.float().numpy(), gguf.GGMLQuantizationType[type_name])
+        kind = gguf.GGMLQuantizationType[type_name]
+        blob = gguf.quants.quantize(weight.float().numpy(), kind)
+        self.weight = torch.from_numpy(gguf.quants.dequantize(blob, kind))
         self.c, self.shape = _load(), (rows, len(weight))
         outputs, columns = weight.shape
         self.backend = self.c["ggml_backend_cpu_init"]()

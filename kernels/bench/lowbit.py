@@ -24,7 +24,7 @@ OP = "lowbit"
 DEFAULT_SHAPES = ("4096x4096-r1", "4096x4096-r8", "4096x4096-r64", "4096x4096-r512", "1024x4096-r1", "4096x1024-r1")
 TINY = "64x256-r3"
 OURS = {"ternary": ternary_linear, "int4": int4_linear, "int8": int8_linear}
-PEER_LIMIT = 0.05  # relative error allowed to others, which round inputs to 8 bits or weights to bfloat16
+PEER_LIMIT = 0.02  # relative error allowed to others, which round inputs to 8 bits or weights to bfloat16
 BASE = "torch bf16 linear"
 
 
@@ -123,15 +123,15 @@ def measure(case: Case, dtype: torch.dtype, device: str, repeats: int, backend: 
             sizes[f"{name}, one call"] = sizes[name]
         if kind == "int4" and torch.device(device).type == "cpu" and dtype == torch.bfloat16:
             _add_int4pack(add, x, weight, case.group_size)
-            check("torch int4pack_mm", calls["torch int4pack_mm"](0), x.double() @ weight.double().T, 4 * PEER_LIMIT)
+            check("torch int4pack_mm", calls["torch int4pack_mm"](0), x.double() @ weight.double().T, 10 * PEER_LIMIT)
         type_name = {"ternary": "TQ2_0", "int4": "Q4_0"}.get(kind)
         if type_name and torch.device(device).type == "cpu" and ggml.missing_reason() is None:
             layers.append(ggml.GgmlLayers(held, type_name, case.rows, count, torch.get_num_threads()))
             layers[-1].set_input(x)
             layers[-1].compute()
             name = f"llama.cpp {type_name}"
-            # Q4_0 has other groups than ours: it quantises what ours stands for once more.
-            check(name, layers[-1].output(), exact, PEER_LIMIT if kind == "ternary" else 4 * PEER_LIMIT)
+            # Its groups are not ours: it quantises what ours stands for once more.
+            check(name, layers[-1].output(), x.double() @ layers[-1].weight.double().T, PEER_LIMIT)
             calls[name] = lambda i, graph=layers[-1]: None if i else graph.compute()
             sizes[name] = int(case.outputs * case.inputs * {"TQ2_0": 66 / 256, "Q4_0": 18 / 32}[type_name])
     limits = ceilings(dtype, device)

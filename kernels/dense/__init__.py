@@ -4,6 +4,7 @@ import functools
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minicpm4_hf.kernels import resolve_backend
 from minicpm4_hf.kernels.infllm_v2.checks import check_tensors, refuse_unserved
@@ -12,6 +13,8 @@ from minicpm4_hf.kernels.infllm_v2.checks import check_tensors, refuse_unserved
 # kernels' time, at 64 to 32,768 keys (6 heads x 64, two cores of a Xeon with AMX). Below, keys and values repeated for
 # each head of a group cost what the tiles save.
 TILE_QUERIES = 64
+# Without cuDNN, which PyTorch prefers on Hopper: it plans anew for every number of keys, some 6 ms a layer and token.
+DECODE_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def dense_attention(
@@ -57,7 +60,9 @@ def dense_attention(
 
 
 def model_attention(q, k, v, *, scale: float, kv_start: torch.Tensor | None = None) -> torch.Tensor | None:
-    """The model's entry: unchecked arguments; the fastest of the CPU's ways, None where none serves them."""
+    """The model's entry: unchecked arguments; the fastest way there is here, None where plain SDPA is."""
+    if q.is_cuda and q.dtype.itemsize == 2 and q.shape[2] == 1 and kv_start is None:
+        return decode_attention(q, k, v, scale=scale)
     if q.device.type != "cpu" or resolve_backend("cpu")[0] != "cpu":
         return None
     from minicpm4_hf.kernels.cpu import attention
@@ -67,6 +72,13 @@ def model_attention(q, k, v, *, scale: float, kv_start: torch.Tensor | None = No
     if q.dtype == torch.bfloat16 and q.shape[2] >= TILE_QUERIES and kv_start is None and _has_tiles():
         return tile_attention(q, k, v, scale=scale)
     return attention.dense_attention(q, k, v, scale=scale, kv_start=kv_start)
+
+
+def decode_attention(q, k, v, *, scale: float) -> torch.Tensor:
+    """SDPA of one query, its group as the rows of one head, so that keys and values are read once: `q` in shape."""
+    rows = q.reshape(k.shape[0], k.shape[1], -1, q.shape[3])
+    with sdpa_kernel(DECODE_BACKENDS):
+        return F.scaled_dot_product_attention(rows, k, v, scale=scale).view_as(q)
 
 
 def tile_attention(q, k, v, *, scale: float) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Triton: selection and attention for a few queries, split so that one query fills the device.
 
-Selection is one launch: every program estimates the log-sum-exp from all coarse keys, scores its share of the blocks,
-and the last one to finish picks. Attention is split over the selected blocks and reduced by a second kernel. Lengths
-may be on the device (`kv_end`): grids depend on shapes only, so that a captured graph serves every step.
+Selection is two launches: log-sum-exps of parts of the coarse keys; then every program joins them and scores its share
+of the blocks, and the last one to finish picks. Attention is split over the selected blocks and reduced by a second
+kernel. Lengths may be on the device (`kv_end`): grids depend on shapes only, so that a captured graph serves every
+step.
 
 Shapes: as in topk.py and attend.py; P programs share one query and key head. C rows: the group padded to 16 at least.
 """
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 
 from minicpm4_hf.kernels.infllm_v2.layout import (
+    COARSE,
     LN_2,
     LOG2_E,
     MAX_EXPONENT,
@@ -21,11 +23,10 @@ from minicpm4_hf.kernels.infllm_v2.layout import (
     dot_precision,
     locate_row,
 )
-from minicpm4_hf.kernels.infllm_v2.topk import estimate_lse, pick_blocks
+from minicpm4_hf.kernels.infllm_v2.topk import pick_blocks, running_lse
 
 MAX_QUERIES = 8  # more queries a row than this go the way of prefill
 MAX_SPLITS = 64
-BLOCKS_PER_TILE = 64  # blocks scored at a time
 
 
 @triton.jit
@@ -36,13 +37,12 @@ def load_query(q, i_z, i_h, i_t, stride_qz, stride_qh, stride_qt, o_c, o_d, G: t
 
 
 @triton.jit
-def select_decode_kernel(
+def lse_decode_kernel(
     q,
     k_cmp,
     k_coarse,
-    scores,
+    part_lse,
     arrived,
-    block_indices,
     kv_start,
     kv_end,
     stride_qz,
@@ -55,13 +55,69 @@ def select_decode_kernel(
     scale,
     TQ,
     TK,
-    NB,
     H,
     G: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     BN: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PER_KERNEL: tl.constexpr,
+    LSE_APPROX: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`part_lse [B * TQ * H, P, C]`, base 2, a share of the pooled keys each; `arrived [B * TQ * H]` becomes 0."""
+    i_p, i_bth = tl.program_id(0), tl.program_id(1)
+    i_h, i_bt = (i_bth % H).to(tl.int64), i_bth // H
+    i_b, i_t = i_bt // TQ, i_bt % TQ
+    SIZE: tl.constexpr = PER_KERNEL * STRIDE
+    _, _, _, _, length = locate_row(i_b, TQ, TK, kv_start, kv_end, None)
+    i_z = i_b.to(tl.int64)
+    position = length - TQ + i_t
+    p_k = k_cmp + i_z * stride_fz + i_h * stride_fh
+    num_seen = count_windows(position + 1, SIZE, STRIDE)
+    if LSE_APPROX:
+        if position + 1 >= COARSE * SIZE:
+            p_k = k_coarse + i_z * stride_cz + i_h * stride_ch
+            num_seen = count_windows(position + 1, COARSE * SIZE, COARSE * STRIDE)
+    share = tl.cdiv(tl.cdiv(num_seen, BN), tl.num_programs(0)) * BN
+    first = i_p * share
+    num_seen = tl.minimum(share, tl.maximum(num_seen - first, 0))
+    o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
+    b_q = load_query(q, i_z, i_h, i_t, stride_qz, stride_qh, stride_qt, o_c, o_d, G, D)
+    seen = tl.zeros([C], tl.int32) + num_seen
+    b_lse = running_lse(b_q, p_k + first.to(tl.int64) * D, seen, num_seen, scale * LOG2_E, D, BD, C, BN, PRECISION)
+    tl.store(part_lse + (i_bth.to(tl.int64) * tl.num_programs(0) + i_p) * C + o_c, b_lse)
+    if i_p == 0:
+        tl.store(arrived + i_bth, 0)
+
+
+@triton.jit
+def select_decode_kernel(
+    q,
+    k_cmp,
+    part_lse,
+    scores,
+    arrived,
+    block_indices,
+    kv_start,
+    kv_end,
+    stride_qz,
+    stride_qh,
+    stride_qt,
+    stride_fz,
+    stride_fh,
+    scale,
+    parts,
+    TQ,
+    TK,
+    NB,
+    H,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BP: tl.constexpr,
     BM: tl.constexpr,
     BS: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -73,12 +129,12 @@ def select_decode_kernel(
     DENSE_LEN: tl.constexpr,
     INIT: tl.constexpr,
     LOCAL: tl.constexpr,
-    LSE_APPROX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`block_indices [B, H, TQ, S]`: BUDGET blocks, or all of them where a query has fewer than DENSE_LEN keys.
 
-    `scores [B * TQ * H, NB]` and `arrived [B * TQ * H]`, zeros, are scratch.
+    `part_lse [B * TQ * H, parts, C]` and `arrived [B * TQ * H]`, zeros, are what `lse_decode_kernel` left; `scores
+    [B * TQ * H, NB]` is scratch.
     """
     i_p, i_bth = tl.program_id(0), tl.program_id(1)
     i_h, i_bt = (i_bth % H).to(tl.int64), i_bth // H
@@ -98,9 +154,12 @@ def select_decode_kernel(
         o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
         b_q = load_query(q, i_z, i_h, i_t, stride_qz, stride_qh, stride_qt, o_c, o_d, G, D)
         p_f = k_cmp + i_z * stride_fz + i_h * stride_fh
-        p_c = k_coarse + i_z * stride_cz + i_h * stride_ch
-        o_pos = tl.zeros([C], tl.int32) + position
-        b_lse = estimate_lse(b_q, p_f, p_c, o_pos, scale * LOG2_E, D, BD, C, BN, SIZE, STRIDE, LSE_APPROX, PRECISION)
+        o_p = tl.arange(0, BP)
+        p_part = part_lse + (i_bth.to(tl.int64) * parts + o_p[:, None]) * C + o_c[None, :]
+        b_part = tl.load(p_part, mask=(o_p < parts)[:, None], other=float("-inf"))
+        b_max = tl.max(b_part, 0)
+        b_safe = tl.where(b_max == float("-inf"), 0.0, b_max)
+        b_lse = b_max + tl.log2(tl.sum(tl.exp2(b_part - b_safe[None, :]), 0))
         b_lse = tl.where(o_c < G, b_lse, float("inf"))
         b_q = tl.trans(b_q)
         share = tl.cdiv(tl.cdiv(num_scored, BM), tl.num_programs(0))
@@ -277,36 +336,65 @@ def select_decode(
     num_blocks = triton.cdiv(num_keys, block_size)
     listed = list_width(budget, dense_len, num_blocks, block_size)
     programs = batch * num_queries * heads
-    tile = BLOCKS_PER_TILE if q.dtype != torch.float32 else BLOCKS_PER_TILE // 2
-    splits = min(triton.cdiv(num_blocks, tile), triton.cdiv(count_processors(q.device), programs), MAX_SPLITS)
     width = triton.next_power_of_2(num_blocks)
+    lse_step, lse_config = lse_decode_launch(q.dtype)
+    tile, config = select_decode_launch(q.dtype, width)
+    most = min(triton.cdiv(count_processors(q.device), programs), MAX_SPLITS)
+    parts, splits = 1, 1
+    if num_blocks > budget:
+        windows = k_coarse.shape[2] if lse_approx else k_cmp.shape[2]
+        parts = max(min(triton.cdiv(windows, lse_step), most), 1)
+        splits = min(triton.cdiv(num_blocks, tile), most)
+    rows = max(triton.next_power_of_2(group), 16)
     block_indices = q.new_empty(batch, heads, num_queries, listed, dtype=torch.int32)
     scores = q.new_empty(programs, num_blocks if num_blocks > budget else 1, dtype=torch.float32)
-    select_decode_kernel[(splits if num_blocks > budget else 1, programs)](
+    part_lse = q.new_empty(programs, parts, rows, dtype=torch.float32)
+    arrived = q.new_empty(programs, dtype=torch.int32)
+    shape = {"G": group, "C": rows, "D": dim, "BD": triton.next_power_of_2(dim), "STRIDE": kernel_stride}
+    shape |= {"PER_KERNEL": kernel_size // kernel_stride, "PRECISION": dot_precision(q.dtype)}
+    if num_blocks > budget:
+        lse_decode_kernel[(parts, programs)](
+            q,
+            k_cmp,
+            k_coarse,
+            part_lse,
+            arrived,
+            kv_start,
+            kv_end,
+            *q.stride()[:3],
+            *k_cmp.stride()[:2],
+            *k_coarse.stride()[:2],
+            scale,
+            num_queries,
+            num_keys,
+            heads,
+            BN=lse_step,
+            LSE_APPROX=lse_approx,
+            **shape,
+            **lse_config,
+        )
+    else:
+        arrived.zero_()
+    select_decode_kernel[(splits, programs)](
         q,
         k_cmp,
-        k_coarse,
+        part_lse,
         scores,
-        torch.zeros(programs, dtype=torch.int32, device=q.device),
+        arrived,
         block_indices,
         kv_start,
         kv_end,
         *q.stride()[:3],
         *k_cmp.stride()[:2],
-        *k_coarse.stride()[:2],
         scale,
+        parts,
         num_queries,
         num_keys,
         scores.shape[1],
         heads,
-        G=group,
-        C=max(triton.next_power_of_2(group), 16),
-        D=dim,
-        BD=triton.next_power_of_2(dim),
+        BP=triton.next_power_of_2(parts),
         BM=tile,
         BS=block_size,
-        STRIDE=kernel_stride,
-        PER_KERNEL=kernel_size // kernel_stride,
         NBP=width,
         S=listed,
         SP=triton.next_power_of_2(listed),
@@ -314,18 +402,24 @@ def select_decode(
         DENSE_LEN=dense_len,
         INIT=init_blocks,
         LOCAL=window_size // block_size,
-        LSE_APPROX=lse_approx,
-        PRECISION=dot_precision(q.dtype),
-        **select_decode_launch(q.dtype, width),
+        **shape,
+        **config,
     )
     return block_indices
 
 
-def select_decode_launch(dtype: torch.dtype, width: int) -> dict:
-    """Coarse keys of a step and the launch settings of `select_decode_kernel`; `width` blocks are ranked."""
+def lse_decode_launch(dtype: torch.dtype) -> tuple[int, dict]:
+    """Pooled keys of a step and the launch settings of `lse_decode_kernel`."""
     if dtype == torch.float32:
-        return {"BN": 32, "num_warps": 8, "num_stages": 2}
-    return {"BN": 64, "num_warps": 4 if width <= 4096 else 8, "num_stages": 3}
+        return 32, {"num_warps": 8, "num_stages": 2}
+    return 64, {"num_warps": 4, "num_stages": 3}
+
+
+def select_decode_launch(dtype: torch.dtype, width: int) -> tuple[int, dict]:
+    """Blocks scored at a time and the launch settings of `select_decode_kernel`; `width` blocks are ranked."""
+    if dtype == torch.float32:
+        return 32, {"num_warps": 8, "num_stages": 2}
+    return 64, {"num_warps": 4 if width <= 4096 else 8, "num_stages": 3}
 
 
 def attend_decode(

@@ -33,7 +33,8 @@ def main():
         packed = make_packed(kind, outputs, columns, group, **options, seed=i)
         for dtype in (torch.bfloat16, torch.float32):
             x = make_rows(rows, columns, dtype, seed=rows)
-            assert_exact(getattr(lowbit, OPERATIONS[kind])(x, *packed.tensors, backend="cpu"), x, packed)
+            out = getattr(lowbit, OPERATIONS[kind])(x, *packed.tensors, backend="cpu")
+            assert_exact(out, x, packed, rounds_inputs=load_library().isa == "avx512_bf16")
             cases += 1
     print(json.dumps({"isa": load_library().isa, "threads": arguments.threads, "cases": cases}))
 

@@ -7,7 +7,7 @@ from definitions import causal_mask, check_rounding, make_inputs, masked_attenti
 
 from minicpm4_hf.kernels import dense
 from minicpm4_hf.kernels.cpu import attention, why_missing
-from minicpm4_hf.kernels.dense import dense_attention, model_attention, tile_attention
+from minicpm4_hf.kernels.dense import decode_attention, dense_attention, model_attention, tile_attention
 
 needs_native = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
@@ -204,6 +204,21 @@ def test_parts_of_sdpa_give_attention_over_a_prefix(num_queries, num_keys):
     rounded = dense_attention(q, k, v, scale=0.3, backend="reference")
     allowed = 2 * (rounded.double() - exact).abs().max() + 1e-3
     assert (tile_attention(q, k, v, scale=0.3).double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("num_keys", [1, 17, 333], ids=lambda n: f"T{n}")
+@pytest.mark.parametrize("group", [1, 3, 16], ids=lambda g: f"G{g}")
+@DTYPES
+def test_a_query_as_rows_of_its_group(dtype, group, num_keys):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v = (t.to(device) for t in make_inputs(2, num_keys, 2, group, 64, num_queries=1, dtype=dtype))
+    mask = causal_mask(1, num_keys).to(device)
+    exact = masked_attention(q.double(), k.double(), v.double(), mask, 0.3)
+    out = decode_attention(q, k, v, scale=0.3)
+    if device == "cpu" or dtype.itemsize == 2:  # on a GPU float32 is left to plain SDPA
+        check_rounding(out, exact, masked_attention(q, k, v, mask, 0.3))
+    if device == "cuda" and dtype.itemsize == 2:
+        assert torch.equal(model_attention(q, k, v, scale=0.3), out)
 
 
 @needs_native

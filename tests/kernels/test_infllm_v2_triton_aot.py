@@ -29,6 +29,7 @@ KERNELS = {
     "delta_kernel",
     "attend_bwd_dq_kernel",
     "attend_bwd_dkdv_kernel",
+    "lse_decode_kernel",
     "select_decode_kernel",
     "attend_decode_kernel",
     "reduce_decode_kernel",

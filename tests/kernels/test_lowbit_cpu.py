@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import packed_weights
 import pytest
 import torch
-from packed_weights import OPERATIONS, assert_exact, make_packed, make_rows
+from packed_weights import OPERATIONS, make_packed, make_rows
 
 from minicpm4_hf.kernels import lowbit
 from minicpm4_hf.kernels.cpu import isa_names, load_library, why_missing
@@ -20,6 +21,10 @@ ROOT = Path(__file__).parents[2]
 KINDS = pytest.mark.parametrize("kind", OPERATIONS)
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=lambda d: str(d)[6:])
 MAKE = {"ternary": ternary_weight, "int4": int4_weight, "int8": int8_weight}
+
+
+def assert_exact(out, x, packed):
+    packed_weights.assert_exact(out, x, packed, rounds_inputs=load_library().isa == "avx512_bf16")
 
 
 def run(packed, x, backend="cpu"):
@@ -63,6 +68,28 @@ def test_groups_of_gptq(dtype, group_size, act_order):
     packed = make_packed("int4", 72, 360, group_size, scale_dtype=torch.float16, act_order=act_order)
     for rows in (1, 4, 8, 20):
         x = make_rows(rows, 360, dtype)
+        assert_exact(run(packed, x), x, packed)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("columns", [64, 600])
+def test_inputs_that_are_not_finite_do_not_vanish(columns, bad):
+    packed = make_packed("ternary", 9, columns, -1)
+    x = make_rows(3, columns, torch.bfloat16)
+    clean = run(packed, x)
+    x[1, columns - 3] = bad
+    out = run(packed, x)
+    assert (~out[1].isfinite() | (packed.weight[:, columns - 3] == 0)).all()
+    assert torch.equal(out[[0, 2]], clean[[0, 2]])
+
+
+def test_small_and_large_inputs_keep_their_digits():
+    """A million beside ones, tiny and huge numbers: 16 neighbours share what they are rounded to."""
+    packed = make_packed("ternary", 33, 512, 128)
+    for scale in (1e-30, 1.0, 1e30):
+        x = make_rows(2, 512, torch.float32) * scale
+        x[0, 100] *= 1e6
+        x = x.bfloat16()
         assert_exact(run(packed, x), x, packed)
 
 

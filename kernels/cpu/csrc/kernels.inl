@@ -25,6 +25,8 @@ int omp_get_num_threads(void);
 #endif
 #include "abi.h"
 
+extern const bool mc_asks_past_caches;  // library.cpp
+
 namespace {
 #include "parallel.h"
 #include "vec.h"

@@ -15,6 +15,8 @@ extern const mc_kernels mc_avx2;
 #endif
 extern const mc_kernels mc_portable;
 
+extern const bool mc_asks_past_caches;
+
 namespace {
 
 struct Isa {
@@ -29,7 +31,15 @@ bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
+bool is_intel() {
+    __builtin_cpu_init();  // constructors may run before the compiler's own
+    return __builtin_cpu_is("intel");
+}
+#else
+bool is_intel() { return false; }
 #endif
 bool always() { return true; }
 
@@ -49,6 +59,8 @@ const Isa kIsas[] = {  // the fastest first
 const Isa *g_isa = nullptr;
 
 }  // namespace
+
+const bool mc_asks_past_caches = !is_intel();
 
 // Chooses the instruction set: the named one, or the best that this machine runs for null. Returns its name, or null
 // where the name is unknown to this build or the machine lacks it. Called once, before any other function.

@@ -74,7 +74,7 @@ template <int M>
 static int run_format(const mc_linear_args &a) {
     switch (a.format) {
         case MC_DENSE: return run_linear<DenseProduct<M>, M>(a);
-        case MC_TERNARY: return run_linear<RowMajorProduct<CodeEngine, TERNARY, M>, M>(a);
+        case MC_TERNARY: return run_linear<TernaryProduct<M>, M>(a);
         case MC_INT4: return run_linear<OutputMajorProduct<CodeEngine, M>, M>(a);
         case MC_INT8: return run_linear<RowMajorProduct<Fp32Engine, INT8, M>, M>(a);
     }

@@ -158,6 +158,28 @@ MC_INLINE float sum_lanes(vf x) {
 #endif
 }
 
+// Which scales of a row belong to a vector of codes, whose lanes hold `lane_columns` columns each. A group has whole
+// vectors of columns, or a vector whole groups. Worked out once: a division takes longer than a vector's products.
+struct GroupOfLane {
+    bool whole;                     // one scale for the row, applied at its end
+    int64_t per_group, per_block;   // vectors of a group, groups of a vector
+    vi lanes;                       // group of each lane, in the vector
+    int64_t group = 0, left;        // while going through a row
+
+    GroupOfLane(int64_t columns, int64_t group_size, int64_t lane_columns)
+        : whole(group_size == columns), per_group(group_size / (W * lane_columns)),
+          per_block(W * lane_columns / group_size), left(per_group) {
+        for (int i = 0; i < W; i++) lanes[i] = per_group ? 0 : (int)(i * lane_columns / group_size);
+    }
+    MC_MEMBER vf scale(const float *scales, int64_t block) const {
+        if (whole) return splat(1);
+        return per_group ? splat(scales[group]) : pick_lanes(load(scales + block * per_block), lanes);
+    }
+    MC_MEMBER void next() {
+        if (--left == 0) group++, left = per_group;
+    }
+};
+
 // `DenseProduct` for row-major codes.
 template <class E, int BITS, int M>
 struct RowMajorProduct {
@@ -165,11 +187,12 @@ struct RowMajorProduct {
     static constexpr int64_t SPAN = W * 32 / BITS;  // columns of a vector
     const mc_linear_args &a;
     const int64_t blocks, groups, row_bytes;
+    const GroupOfLane first;
     const uint32_t *x = nullptr;  // [M, blocks, FIELDS, W]
 
     explicit RowMajorProduct(const mc_linear_args &a_)
         : a(a_), blocks((a.in_features + SPAN - 1) / SPAN), groups(a.in_features / a.group_size),
-          row_bytes(a.in_features * BITS / 8) {}
+          row_bytes(a.in_features * BITS / 8), first(a.in_features, a.group_size, 32 / BITS) {}
     int64_t chunk() const { return kMaxChunk; }
     size_t scratch_bytes() const { return (size_t)(M + 1) * blocks * FIELDS * W * 4 + 128; }
     size_t thread_bytes() const { return (groups + W + 16) * 4 * ROWS; }
@@ -191,17 +214,14 @@ struct RowMajorProduct {
     template <int R, int TO>
     MC_MEMBER void run_rows(const char *data, const float *scales, int64_t scale_stride, float (*to)[TO], int64_t n) const {
         constexpr int PARTS = M * R == 1 ? 2 : 1;  // independent sums, to hide the latency of an addition
-        const bool whole = groups == 1;
-        const int64_t per_group = a.group_size / SPAN;
-        vi lanes;
-        for (int i = 0; i < W; i++) lanes[i] = per_group ? 0 : (int)(i * (32 / BITS) / a.group_size);
+        GroupOfLane at = first;
         vf total[R][M];
         MC_UNROLL for (int r = 0; r < R; r++) MC_UNROLL for (int m = 0; m < M; m++) total[r][m] = vf{};
         auto block = [&](int64_t b, int64_t available) __attribute__((always_inline)) {
             vu words[R];
             MC_UNROLL for (int r = 0; r < R; r++) {
                 const char *from = data + r * row_bytes + b * sizeof(vu);
-                __builtin_prefetch(from + kAheadBytes, 0, kAheadLocality);
+                ask_ahead(from + kAheadBytes);
                 words[r] = load_words(from, available);
             }
             vf part[PARTS][R][M];
@@ -216,22 +236,19 @@ struct RowMajorProduct {
                 }
             }
             MC_UNROLL for (int r = 0; r < R; r++) {
-                vf scale = splat(1);
-                if (!whole) {
-                    const float *from = scales + r * scale_stride;
-                    scale = per_group ? splat(from[b / per_group]) : pick_lanes(load(from + b * SPAN / a.group_size), lanes);
-                }
+                const vf scale = at.scale(scales + r * scale_stride, b);
                 MC_UNROLL for (int m = 0; m < M; m++) {
                     MC_UNROLL for (int p = 1; p < PARTS; p++) part[0][r][m] += part[p][r][m];
                     total[r][m] += part[0][r][m] * scale;
                 }
             }
+            at.next();
         };
         int64_t b = 0;
         for (; (b + 1) * (int64_t)sizeof(vu) <= row_bytes; b++) block(b, sizeof(vu));
         if (b < blocks) block(b, row_bytes - b * sizeof(vu));
         MC_UNROLL for (int r = 0; r < R; r++) {
-            float scale = whole ? scales[r * scale_stride] : 1;
+            float scale = at.whole ? scales[r * scale_stride] : 1;
             MC_UNROLL for (int m = 0; m < M; m++) to[m][n + r] = sum_lanes(total[r][m]) * scale;
         }
     }
@@ -255,6 +272,111 @@ struct RowMajorProduct {
         }
     }
 };
+
+#if defined(__AVX512VNNI__)
+// Ternary codes as bytes 0, 1 and 2 times inputs as two bytes each, in integers: VPDPBUSD takes four codes a lane where
+// VDPBF16PS takes two, and a shift and a mask decode four. A lane has 16 neighbouring columns; their inputs are rounded
+// to 16 bits of the largest of them, 2^-16 of it, a 128th of bfloat16's own step. Codes are one too large, so each lane
+// begins with minus the sum of its inputs.
+template <int M>
+struct TernaryByteProduct {
+    static constexpr int kMaxChunk = 32, LANE = 16;
+    static constexpr int64_t SPAN = W * LANE;  // columns of a vector
+    const mc_linear_args &a;
+    const int64_t blocks, groups, row_bytes;
+    const GroupOfLane first;
+    const char *x = nullptr;          // [blocks, M, 4 fields, low and high, 64] bytes
+    const int32_t *start = nullptr;   // [blocks, M, W]
+    const float *x_scale = nullptr;   // [blocks, M, W]
+
+    explicit TernaryByteProduct(const mc_linear_args &a_)
+        : a(a_), blocks((a.in_features + SPAN - 1) / SPAN), groups(a.in_features / a.group_size),
+          row_bytes(a.in_features / 4), first(a.in_features, a.group_size, LANE) {}
+    int64_t chunk() const { return kMaxChunk; }
+    size_t scratch_bytes() const { return (size_t)M * blocks * (512 + 8 * W) + 192; }
+    size_t thread_bytes() const { return (groups + W + 16) * 4; }
+
+    void prepare(const bf16 *input, int64_t stride, Scratch &memory) {
+        char *bytes = memory.take<char>(M * blocks * 512);
+        int32_t *sums = memory.take<int32_t>(M * blocks * W);
+        float *scales = memory.take<float>(M * blocks * W);
+        x = bytes, start = sums, x_scale = scales;
+        const __m512i by_field = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        for (int64_t b = 0; b < blocks; b++)
+            for (int m = 0; m < M; m++, bytes += 512, sums += W, scales += W)
+                for (int lane = 0; lane < W; lane++) {
+                    const int64_t first = b * SPAN + lane * LANE, available = max64(0, min64(LANE, a.in_features - first));
+                    const __m256i halves = _mm256_maskz_loadu_epi16((1u << available) - 1, input + m * stride + first);
+                    const __m512 values = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+                    const float largest = _mm512_reduce_max_ps(_mm512_abs_ps(values));
+                    // Infinity and NaN, also where the maximum dropped it: all outputs are NaN.
+                    const bool finite = !_mm512_cmp_ps_mask(_mm512_sub_ps(values, values), values, _CMP_UNORD_Q);
+                    const float step = largest / 32512;  // inputs below 3e-33 become 0
+                    const __m512 inverse = _mm512_set1_ps(finite && step >= 1e-37f ? 1 / step : 0);
+                    const __m512i whole = _mm512_cvtps_epi32(_mm512_maskz_mul_ps(finite ? 0xffff : 0, values, inverse));
+                    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+                    const __m512i low = _mm512_sub_epi32(whole, _mm512_slli_epi32(high, 8));
+                    alignas(16) char parts[2][16];
+                    _mm_store_si128((__m128i *)parts[0], _mm512_cvtepi32_epi8(_mm512_permutexvar_epi32(by_field, low)));
+                    _mm_store_si128((__m128i *)parts[1], _mm512_cvtepi32_epi8(_mm512_permutexvar_epi32(by_field, high)));
+                    for (int f = 0; f < 4; f++)
+                        for (int part = 0; part < 2; part++)
+                            __builtin_memcpy(bytes + (2 * f + part) * 64 + 4 * lane, parts[part] + 4 * f, 4);
+                    sums[lane] = -_mm512_reduce_add_epi32(whole);
+                    scales[lane] = finite ? step : __builtin_nanf("");
+                }
+    }
+
+    template <int TO>
+    MC_MEMBER void run_row(const char *data, const float *scales, float (*to)[TO], int64_t n) const {
+        GroupOfLane at = first;
+        const __m512i three = _mm512_set1_epi8(3);
+        vf total[M];
+        MC_UNROLL for (int m = 0; m < M; m++) total[m] = vf{};
+        auto block = [&](int64_t b, int64_t available) __attribute__((always_inline)) {
+            const char *from = data + b * sizeof(vu), *field = x + b * (M * 512);
+            ask_ahead(from + kAheadBytes);
+            const __m512i words = (__m512i)load_words(from, available);
+            const vf scale = at.scale(scales, b);
+            MC_UNROLL for (int m = 0; m < M; m++) {
+                const int64_t lanes = (b * M + m) * W;
+                __m512i low = _mm512_loadu_si512(start + lanes), high = _mm512_setzero_si512();
+                MC_UNROLL for (int f = 0; f < 4; f++, field += 128) {
+                    const __m512i codes = _mm512_and_si512(_mm512_srli_epi16(words, 2 * f), three);
+                    low = _mm512_dpbusd_epi32(low, codes, _mm512_loadu_si512(field));
+                    high = _mm512_dpbusd_epi32(high, codes, _mm512_loadu_si512(field + 64));
+                }
+                const __m512i sum = _mm512_add_epi32(low, _mm512_slli_epi32(high, 8));
+                total[m] += (vf)_mm512_cvtepi32_ps(sum) * (load(x_scale + lanes) * scale);
+            }
+            at.next();
+        };
+        int64_t b = 0;
+        for (; (b + 1) * (int64_t)sizeof(vu) <= row_bytes; b++) block(b, sizeof(vu));
+        if (b < blocks) block(b, row_bytes - b * sizeof(vu));
+        MC_UNROLL for (int m = 0; m < M; m++) to[m][n] = sum_lanes(total[m]) * (at.whole ? scales[0] : 1);
+    }
+
+    template <int TO>
+    void run(const Weight &w, int64_t begin, int64_t count, float *own, float (*to)[TO]) const {
+        store(own + groups, vf{});  // of the columns after the last, which are zero
+        for (int64_t n = 0; n < count; n++) {
+            const float *scales = own;
+            // Loads go beyond the row's last scale; the rows after it have room for that.
+            if (a.scale_type == MC_FLOAT32 && (begin + n + 1) * groups + W <= w.out_features * groups)
+                scales = (const float *)w.scales + (begin + n) * groups;
+            else
+                convert_scales(w.scales, a.scale_type, (begin + n) * groups, groups, own);
+            run_row((const char *)w.data + (begin + n) * row_bytes, scales, to, n);
+        }
+    }
+};
+template <int M>
+using TernaryProduct = TernaryByteProduct<M>;
+#else
+template <int M>
+using TernaryProduct = RowMajorProduct<CodeEngine, TERNARY, M>;
+#endif
 
 // The same for GPTQ's layout: neighbouring outputs lie side by side, so sums stay on their lanes. A few word rows at a
 // time are gone through from end to end of the chunk, so that memory is read in long runs.
@@ -293,7 +415,7 @@ struct OutputMajorProduct {
         for (int64_t j = 0; j < rows; j++, from += stride, ahead += 4 * stride) {
             vu row[V];
             MC_UNROLL for (int v = 0; v < V; v++) {
-                if (v * W * 4 % 64 == 0) __builtin_prefetch(ahead + v * W * 4, 0, kAheadLocality);
+                if (v * W * 4 % 64 == 0) ask_ahead(ahead + v * W * 4);
                 row[v] = load_words((const char *)(from + v * W), 4 * (available - v * W));
             }
             MC_UNROLL for (int f = 0; f < FIELDS; f++) {
