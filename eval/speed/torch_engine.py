@@ -24,6 +24,7 @@ class TorchEngine:
         contestant = CONTESTANTS[settings["contestant"]]
         self.dtype, self.seed = getattr(torch, settings["dtype"]), settings["seed"]
         self.device = settings["device"]
+        self.warmed: set[int] = set()  # lengths of prompts whose kernels a GPU has compiled
         config = contestant.make_config(settings["preset"])
         self.buffer = random_buffer(self.seed)
         if contestant.packed:
@@ -43,7 +44,10 @@ class TorchEngine:
         return facts
 
     def prompt(self, tokens: int, chunk: int) -> dict:
-        """Seconds from a prompt's ids to the first token."""
+        """Seconds from a prompt's ids to the first token; a GPU's kernels are compiled for its length before."""
+        if self.device == "cuda" and tokens not in self.warmed:
+            self.warmed.add(tokens)
+            self.prompt(tokens, chunk)
         ids = torch.tensor([random_ids(tokens, self.model.config.vocab_size, self.seed)], device=self.device)
         cache = DynamicCache(config=self.model.config)
         start = time.perf_counter()

@@ -191,6 +191,7 @@ def main(argv: list[str] | None = None) -> int:
 
     machine = describe_machine(args.device)
     document = {
+        "benchmark": "kernels",
         "op": args.op,
         "version": version("minicpm4-hf"),
         "machine": machine,

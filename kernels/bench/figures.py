@@ -2,8 +2,9 @@
 
     python -m minicpm4_hf.kernels.bench.figures
 
-run in the repository's root, rewrites the block of figures in `kernels/cpu/README.md` from the JSON documents in
-`kernels/bench/records` (a bench's `--json`) and `eval/results` (`python -m minicpm4_hf.eval speed --output`).
+run in the repository's root, rewrites the blocks of figures in the READMEs of `kernels/cpu`, `kernels/infllm_v2` and
+`kernels/lowbit` from the JSON documents in `kernels/bench/records` and `eval/results` (a bench's `--json`, and
+`python -m minicpm4_hf.eval speed --output`).
 """
 
 import argparse
@@ -11,9 +12,10 @@ import json
 import sys
 from pathlib import Path
 
-README = Path("kernels/cpu/README.md")
 DECODE, PREFILL = (Path(f"kernels/bench/records/cpu-{name}.json") for name in ("decode", "prefill"))
 SPEED = tuple(Path(f"eval/results/speed-cpu-{name}.json") for name in ("llama.cpp", "qwen3"))
+GPU = tuple(Path(f"eval/results/infllm_v2-{name}.json") for name in ("h100", "training-h100"))
+LOWBIT = Path("eval/results/lowbit-cpu.json")
 MODELS = {"0.5b": "0.5B (16/2 heads x 64)", "8b": "8B (32/2 heads x 128)"}
 _BEGIN, _END = "<!-- figures: written by minicpm4_hf.kernels.bench.figures -->", "<!-- end of figures -->"
 
@@ -86,51 +88,124 @@ def speed_table(document: dict) -> str:
     return "\n".join(lines)
 
 
-def render(root: Path) -> str:
-    """The README's text with its figures from the records."""
-    decode, prefill = (json.loads((root / path).read_text(encoding="utf-8")) for path in (DECODE, PREFILL))
-    figures = "\n\n".join(
-        [
-            f"Medians, {_describe(prefill)}, contestants in turns. Inputs are random, which is the worst case: "
-            "neighbouring queries share no more of their far blocks than chance has it.",
-            "Attention of one layer over a prompt, selection and pooling included:",
-            prefill_table(prefill),
-            "One token in one layer, keys not in any cache:",
-            decode_table(decode),
-            *(
-                part
-                for path in SPEED
-                for part in (
-                    "Whole models of the 0.5B shape (Qwen3: its own 0.6B), random weights, bfloat16; llama.cpp: F16, "
-                    "flash attention:"
-                    if path == SPEED[0]
-                    else "To the length that llama.cpp would need hours to reach:",
-                    speed_table(json.loads((root / path).read_text(encoding="utf-8"))),
-                )
-            ),
-        ]
-    )
-    text = (root / README).read_text(encoding="utf-8")
+def gpu_table(records: list[dict]) -> str:
+    """Milliseconds of FlashAttention and of the fastest dense attention, and ours, by case."""
+    lines = [
+        "| case | FlashAttention-2, ms | fastest dense, ms | ours, ms | over FlashAttention-2 (target) | over the "
+        "fastest dense (target) | selection's share |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        for shape, result in record["shapes"].items():
+            times = {row["name"]: row for row in result["times"]}
+            ours, flash = times["ours"], times["sdpa flash"]
+            fastest = ours["over_fastest_dense"] * ours["median_ms"]
+            targets = [result.get(name) for name in ("target", "target_over_fastest_dense")]
+            flash_target, dense_target = (f" ({target:g})" if target else "" for target in targets)
+            share = f"{result['selection_share']:.0%}" if "selection_share" in result else ""
+            digits = 3 if shape.endswith("decode") else 1
+            lines.append(
+                f"| {shape} | {flash['median_ms']:,.{digits}f} | {fastest:,.{digits}f} | "
+                f"{ours['median_ms']:,.{digits}f} | {ours['over_flash']:.2f}x{flash_target} | "
+                f"{ours['over_fastest_dense']:.2f}x{dense_target} | {share} |"
+            )
+    return "\n".join(lines)
+
+
+def lowbit_table(record: dict) -> str:
+    """Milliseconds of one layer by format, and ours over torch's bfloat16 layer and over llama.cpp."""
+    lines = [
+        "| outputs x inputs, rows | layer | ms | over torch's bfloat16 layer | GFLOP/s |",
+        "|---|---|---|---|---|",
+    ]
+    for shape, times in _rows(record).items():
+        for name, row in times.items():
+            lines.append(
+                f"| {shape.replace('-r', ', ')} | {name} | {row['median_ms']:.3f} | {row['speedup']:.2f}x | "
+                f"{row['gflops']:,.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def cpu_figures(load) -> list[str]:
+    """What `kernels/cpu/README.md` shows; `load` reads a record."""
+    decode, prefill = load(DECODE), load(PREFILL)
+    parts = [
+        f"Medians, {_describe(prefill)}, contestants in turns. Inputs are random, which is the worst case: "
+        "neighbouring queries share no more of their far blocks than chance has it.",
+        "Attention of one layer over a prompt, selection and pooling included:",
+        prefill_table(prefill),
+        "One token in one layer, keys not in any cache:",
+        decode_table(decode),
+    ]
+    for path in SPEED:
+        parts.append(
+            "Whole models of the 0.5B shape (Qwen3: its own 0.6B), random weights, bfloat16; llama.cpp: F16, "
+            "flash attention:"
+            if path == SPEED[0]
+            else "To the length that llama.cpp would need hours to reach:"
+        )
+        parts.append(speed_table(load(path)))
+    return parts
+
+
+def gpu_figures(load) -> list[str]:
+    """What `kernels/infllm_v2/README.md` shows."""
+    records = [load(path) for path in GPU]
+    machine, ceilings = records[0]["machine"], records[0]["ceilings"]
+    return [
+        f"Medians of {records[0]['repeats']}, {machine['gpu']}, torch {machine['torch']}, Triton "
+        f"{records[0]['versions']['triton']}, {records[0]['dtype']}; measured in the same run: a matrix product at "
+        f"{ceilings['matmul_tflops']:.0f} TFLOP/s, a copy at {ceilings['copy_tbs']:.2f} TB/s. A case is named heads - "
+        "batch x keys - selected blocks - what is done: `prefill` is pooling, selection and attention, `attention` "
+        "the last alone, `training` attention and its gradient, `decode` one query, as a CUDA graph.",
+        gpu_table(records),
+    ]
+
+
+def lowbit_figures(load) -> list[str]:
+    """What `kernels/lowbit/README.md` shows."""
+    record = load(LOWBIT)
+    return [
+        f"Medians of one layer, {_describe(record)}, groups of 128 (llama.cpp: its own), contestants in turns, "
+        'weights not in the inner caches. "One call" computes all layers in one native call, as a decoder layer does '
+        "and as llama.cpp computes its graph.",
+        lowbit_table(record),
+    ]
+
+
+READMES = {
+    Path("kernels/cpu/README.md"): cpu_figures,
+    Path("kernels/infllm_v2/README.md"): gpu_figures,
+    Path("kernels/lowbit/README.md"): lowbit_figures,
+}
+
+
+def render(root: Path, readme: Path) -> str:
+    """A README's text with its figures from the records."""
+    figures = "\n\n".join(READMES[readme](lambda path: json.loads((root / path).read_text(encoding="utf-8"))))
+    text = (root / readme).read_text(encoding="utf-8")
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not (begin and end):
-        raise ValueError(f"{README} must hold the markers {_BEGIN!r} and {_END!r}.")
+        raise ValueError(f"{readme} must hold the markers {_BEGIN!r} and {_END!r}.")
     return f"{before}{begin}\n{figures}\n{end}{after}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rewrite the README; 2 when a record or a marker is missing."""
+    """Rewrite the READMEs; 2 when a record or a marker is missing."""
     parser = argparse.ArgumentParser(
         prog="python -m minicpm4_hf.kernels.bench.figures", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--root", type=Path, default=Path("."), help="the repository (default: the current folder)")
     args = parser.parse_args(argv)
     try:
-        text = render(args.root)
+        texts = {readme: render(args.root, readme) for readme in READMES}
     except (ValueError, OSError, KeyError) as error:
         print(f"figures: {error}", file=sys.stderr)
         return 2
-    (args.root / README).write_text(text, encoding="utf-8")
+    for readme, text in texts.items():
+        (args.root / readme).write_text(text, encoding="utf-8")
     return 0
 
 

@@ -24,6 +24,7 @@ from minicpm4_hf.eval.tables.estimates import (
 )
 from minicpm4_hf.eval.tables.measured import RESULTS, find_measurements, read_runs, spell_task
 from minicpm4_hf.eval.tables.paper import PAPER_TABLES, read_paper
+from minicpm4_hf.eval.tables.render import compare_ratios, render_ratios
 from minicpm4_hf.presets import PRESETS, build_config
 
 TABLES = {table.id: table for table in read_paper()}
@@ -33,6 +34,11 @@ README = Path(PAPER_TABLES).parent / "README.md"
 def column(table, name):
     place = TABLES[table].columns.index(name)
     return {row: line[place] for row, line in zip(TABLES[table].rows, TABLES[table].values)}
+
+
+def test_ratios_in_the_readme_are_those_of_the_records():
+    """Also printed by `python -m minicpm4_hf.eval tables --table figure-1`."""
+    assert render_ratios(compare_ratios(read_paper(), read_runs(RESULTS))) in README.read_text(encoding="utf-8")
 
 
 def test_tables_are_whole():

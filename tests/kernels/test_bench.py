@@ -111,6 +111,7 @@ def test_wrong_arguments(arguments, sentence, capsys):
 
 def test_figures_in_the_readme_are_those_of_the_records(tmp_path, capsys):
     root = Path(__file__).parents[2]
-    assert figures.render(root) == (root / figures.README).read_text(encoding="utf-8")
+    for readme in figures.READMES:
+        assert figures.render(root, readme) == (root / readme).read_text(encoding="utf-8"), readme
     assert figures.main(["--root", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("figures: ")

@@ -6,10 +6,10 @@
 // costs more time than the products do (a Xeon with AMX: ternary codes four times as slow as with the second cache).
 constexpr int64_t kAheadBytes = 8192;
 MC_INLINE void ask_ahead(const void *p) {
-    if (mc_asks_past_caches)
-        __builtin_prefetch(p, 0, 0);
-    else
+    if (mc_is_intel)
         __builtin_prefetch(p, 0, 2);
+    else
+        __builtin_prefetch(p, 0, 0);
 }
 
 #if MC_BF16

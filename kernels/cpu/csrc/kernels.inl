@@ -25,7 +25,7 @@ int omp_get_num_threads(void);
 #endif
 #include "abi.h"
 
-extern const bool mc_asks_past_caches;  // library.cpp
+extern const bool mc_is_intel;  // library.cpp
 
 namespace {
 #include "parallel.h"

@@ -15,7 +15,7 @@ extern const mc_kernels mc_avx2;
 #endif
 extern const mc_kernels mc_portable;
 
-extern const bool mc_asks_past_caches;
+extern const bool mc_is_intel;
 
 namespace {
 
@@ -60,7 +60,7 @@ const Isa *g_isa = nullptr;
 
 }  // namespace
 
-const bool mc_asks_past_caches = !is_intel();
+const bool mc_is_intel = is_intel();
 
 // Chooses the instruction set: the named one, or the best that this machine runs for null. Returns its name, or null
 // where the name is unknown to this build or the machine lacks it. Called once, before any other function.
