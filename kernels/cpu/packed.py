@@ -87,8 +87,8 @@ def _checked(weight: PackedWeight) -> PackedWeight | None:
 def matmul(x: torch.Tensor, *weights: PackedWeight) -> torch.Tensor:
     """`x [..., K]` times up to three weights of one kind, side by side: `[..., N1 + N2 + N3]` in x's dtype.
 
-    Codes and inputs are multiplied exactly and added up in float32, but for up to eight bfloat16 rows times ternary codes
-    where there is AVX512-BF16: there 16 neighbouring inputs are rounded to multiples of the largest of them over 32,512.
+    Codes and inputs are multiplied exactly and added up in float32, but for up to eight bfloat16 rows times ternary
+    codes where there is AVX512-BF16: 16 neighbouring inputs are rounded to multiples of their largest over 32,512.
     `x` is bfloat16 or float32, float16 by way of float32.
     """
     if x.dtype == torch.float16:
