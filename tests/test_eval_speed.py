@@ -424,6 +424,7 @@ def test_records(tmp_path):
         (["--preset", "BitCPM-CANN-1B"], "is a Llama model without sparse attention"),
         (["--device", "cuda"], "needs an NVIDIA GPU"),
         (["--memory-limit", "0.5"], "Nothing can be measured: takes about"),
+        (["--memory-limit", "0"], "Nothing can be measured: takes about"),
     ],
     ids=lambda value: "=".join(value) if isinstance(value, list) else "",
 )

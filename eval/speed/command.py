@@ -172,7 +172,7 @@ def run_speed(args: argparse.Namespace) -> dict:
         seed=args.seed,
         chunk=args.chunk,
         once_above_s=args.once_above,
-        memory_limit=int(args.memory_limit * GIB) if args.memory_limit else default_memory_limit(args.device),
+        memory_limit=default_memory_limit(args.device) if args.memory_limit is None else int(args.memory_limit * GIB),
         device=args.device,
     )
     header = {name: getattr(settings, name) for name in ("preset", "dtype", "threads", "seed", "steps", "chunk")}

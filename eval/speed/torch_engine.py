@@ -59,9 +59,8 @@ class TorchEngine:
     def decode(self, tokens: int, steps: int) -> dict:
         """Seconds of each of some steps with `tokens` random keys and values in the cache, and one step more."""
         cache = self._filled_cache(tokens)
-        token = self._step(
-            torch.tensor([[1]], device=self.device), cache
-        )  # untimed: grows the buffers, pools the keys
+        # Untimed: grows the buffers, pools the keys.
+        token = self._step(torch.tensor([[1]], device=self.device), cache)
         seconds = []
         token.item()  # a GPU's queue is empty
         for _ in range(steps):

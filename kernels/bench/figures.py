@@ -15,7 +15,8 @@ from pathlib import Path
 DECODE, PREFILL = (Path(f"kernels/bench/records/cpu-{name}.json") for name in ("decode", "prefill"))
 SPEED = tuple(Path(f"eval/results/speed-cpu-{name}.json") for name in ("llama.cpp", "qwen3"))
 GPU = tuple(Path(f"eval/results/infllm_v2-{name}.json") for name in ("h100", "training-h100"))
-LOWBIT = Path("eval/results/lowbit-cpu.json")
+LOWBIT, LOWBIT_SPEED = Path("eval/results/lowbit-cpu.json"), Path("eval/results/speed-cpu-lowbit.json")
+LOWBIT_PAIRS = (("ours-ternary", "llama.cpp-tq2_0"), ("ours-int4", "llama.cpp-q4_0"))
 MODELS = {"0.5b": "0.5B (16/2 heads x 64)", "8b": "8B (32/2 heads x 128)"}
 _BEGIN, _END = "<!-- figures: written by minicpm4_hf.kernels.bench.figures -->", "<!-- end of figures -->"
 
@@ -71,19 +72,19 @@ def decode_table(record: dict) -> str:
     return "\n".join(lines)
 
 
-def speed_table(document: dict) -> str:
-    """Tokens a second of whole models, and ours over each of the others."""
+def speed_table(document: dict, pairs: tuple[tuple[str, str], ...] | None = None) -> str:
+    """Tokens a second of whole models, and ratios of `pairs`: our sparse model over each of the others where None."""
     names = list(document["contestants"])
-    others = [name for name in names if not name.startswith("ours")]
+    pairs = pairs or [("ours-sparse", name) for name in names if not name.startswith("ours")]
     lines = [
-        "| | tokens | " + " | ".join(names) + " | " + " | ".join(f"ours-sparse over {name}" for name in others) + " |",
-        "|---" * (2 + len(names) + len(others)) + "|",
+        "| | tokens | " + " | ".join(names) + " | " + " | ".join(f"{ours} over {name}" for ours, name in pairs) + " |",
+        "|---" * (2 + len(names) + len(pairs)) + "|",
     ]
     for measure, title in (("prompt", "prompt, tokens/s"), ("decode", "decode at depth, tokens/s")):
         for tokens in sorted({row["tokens"] for row in document[measure]}):
             rate = {r["contestant"]: r["tokens_per_s"] for r in document[measure] if r["tokens"] == tokens}
             rates = [f"{rate[name]:,.{1 if rate[name] >= 10 else 2}f}" if name in rate else "" for name in names]
-            ratios = [f"{rate['ours-sparse'] / rate[name]:.2f}x" if name in rate else "" for name in others]
+            ratios = [f"{rate[ours] / rate[name]:.2f}x" if name in rate else "" for ours, name in pairs]
             lines.append(f"| {title} | {tokens:,} | " + " | ".join(rates + ratios) + " |")
     return "\n".join(lines)
 
@@ -171,6 +172,9 @@ def lowbit_figures(load) -> list[str]:
         'weights not in the inner caches. "One call" computes all layers in one native call, as a decoder layer does '
         "and as llama.cpp computes its graph.",
         lowbit_table(record),
+        "Whole models of the 0.5B shape on the same machine, random weights, the same codes in our folder and in "
+        "llama.cpp's file (`python -m minicpm4_hf.eval speed`):",
+        speed_table(load(LOWBIT_SPEED), LOWBIT_PAIRS),
     ]
 
 

@@ -13,7 +13,7 @@ from minicpm4_hf.kernels.infllm_v2.checks import check_tensors, refuse_unserved
 # kernels' time, at 64 to 32,768 keys (6 heads x 64, two cores of a Xeon with AMX). Below, keys and values repeated for
 # each head of a group cost what the tiles save.
 TILE_QUERIES = 64
-# Without cuDNN, which PyTorch prefers on Hopper: it plans anew for every number of keys, some 6 ms a layer and token.
+# Without cuDNN, which PyTorch prefers on Hopper: it plans anew for every number of keys.
 DECODE_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

@@ -2,8 +2,8 @@
 // from memory, so they are read once, several rows side by side.
 
 // What is asked for ahead of the weights' stream: two pages. A weight is used once a step, so it is kept out of the outer
-// caches, where Python's own code and objects would otherwise be pushed out by it; but on Intel's processors, where that
-// costs more time than the products do (a Xeon with AMX: ternary codes four times as slow as with the second cache).
+// caches, where Python's own code and objects would otherwise be pushed out by it; but on Intel's processors that
+// costs more time than the products do (measured on a Xeon with AMX), so there it is asked for into the second cache.
 constexpr int64_t kAheadBytes = 8192;
 MC_INLINE void ask_ahead(const void *p) {
     if (mc_is_intel)

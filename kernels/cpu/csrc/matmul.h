@@ -225,7 +225,7 @@ static int matmul(const mc_linear_args &a) {
         case MC_INT4: return PackedMatmul<Fp32Engine, INT4, float>(a).run();
         case MC_INT8: return PackedMatmul<Fp32Engine, INT8, float>(a).run();
     }
-    // On Intel's processors VDPBF16PS is slow: on a Xeon with AMX, float32 makes 1.6 times as many products a second.
+    // On Intel's processors VDPBF16PS is slow: on a Xeon with AMX, float32 makes more products a second.
     if (a.dtype == MC_BFLOAT16 && mc_is_intel) switch (a.format) {
         case MC_TERNARY: return PackedMatmul<Fp32Engine, TERNARY, bf16>(a).run();
         case MC_INT4: return PackedMatmul<Fp32Engine, INT4, bf16>(a).run();
