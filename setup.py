@@ -32,7 +32,9 @@ DEV = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12"]
 # -march=native would make a library that crashes on the next machine.
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-INSTRUCTION_SETS = {"avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"], "avx512": AVX512, "avx2": AVX2}
+AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
+AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
+INSTRUCTION_SETS = {"amx": AMX, "avx512_bf16": AVX512_BF16, "avx512": AVX512, "avx2": AVX2}
 NATIVE_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 
 

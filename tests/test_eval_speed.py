@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -291,6 +292,17 @@ def test_failure_leaves_a_cell_out(monkeypatch):
     assert len(benchmark.records.find("failure")) == 1
     assert document["left_out"][0] == {"contestant": "llama.cpp", "reason": "not installed"}
     assert "out of memory" in document["left_out"][1]["reason"]
+
+
+def test_figures_of_another_commit_are_not_added_to(monkeypatch):
+    benchmark = make_benchmark()
+    worker = SimpleNamespace(facts={"commit": "one"}, ask=lambda request: {"seconds": [1.0]})
+    monkeypatch.setattr(benchmark.pool, "get", lambda *arguments: worker)
+    benchmark.ask("ours-sparse", "prompt", 100)
+    assert benchmark.records.find("worker")[0]["facts"] == {"commit": "one"}
+    worker.facts = {"commit": "two"}
+    with pytest.raises(ValueError, match=r"ours-sparse was measured as .*one.*now it is .*two.*another --output"):
+        benchmark.ask("ours-sparse", "prompt", 100)
 
 
 def test_slow_measurement_is_not_repeated(monkeypatch):

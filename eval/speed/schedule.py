@@ -90,7 +90,7 @@ class Benchmark:
 
         Raises:
             DisagreementError: contestants with the same weights give different logits; nothing is measured then.
-            ValueError: nothing can be measured.
+            ValueError: nothing can be measured, or a contestant is not what the records have it for.
         """
         tasks = self.plan()
         if not tasks:
@@ -142,6 +142,11 @@ class Benchmark:
         need = self.need_bytes(name, measure, tokens)
         worker = self.pool.get(name, CONTESTANTS[name].engine, need)
         if self.facts.get(name) != worker.facts:
+            if name in self.facts:  # measured before, in a run that is gone on with
+                raise ValueError(
+                    f"{name} was measured as {self.facts[name]}, and now it is {worker.facts}: the figures do not "
+                    "belong together; choose another --output."
+                )
             self.facts[name] = worker.facts
             self.records.add("worker", contestant=name, facts=worker.facts)
         try:

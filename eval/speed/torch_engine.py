@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from minicpm4_hf import MiniCPM4Config
+from minicpm4_hf.eval.ruler.record import find_commit
 from minicpm4_hf.kernels import resolve_backend
+from minicpm4_hf.kernels.cpu import load_library, why_missing
 
 from .contestants import CONTESTANTS, build_model
 from .weights import make_weight, random_buffer, random_ids
@@ -37,10 +40,15 @@ class TorchEngine:
             fill_weights_(self.model, self.buffer)
 
     def describe(self) -> dict:
+        """What a contestant's figures depend on beside its shape; of ours also the commit and the instruction set."""
         config = self.model.config
         facts = {"dtype": str(self.dtype).removeprefix("torch."), "attention": config._attn_implementation}
         if getattr(config, "sparse_config", None):
             facts["sparse_backend"] = resolve_backend(self.device)[0]
+        if isinstance(config, MiniCPM4Config):
+            facts["commit"] = find_commit()
+            if self.device == "cpu" and why_missing() is None:
+                facts["instruction_set"] = load_library().isa
         return facts
 
     def prompt(self, tokens: int, chunk: int) -> dict:

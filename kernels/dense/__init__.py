@@ -1,7 +1,5 @@
 """Dense causal attention with grouped heads: `dense_attention(q, k, v, ...)`; native on the CPU, PyTorch elsewhere."""
 
-import functools
-
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,10 +7,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from minicpm4_hf.kernels import resolve_backend
 from minicpm4_hf.kernels.infllm_v2.checks import check_tensors, refuse_unserved
 
-# Where the processor has AMX, this many queries or more go to SDPA: from here on it took at most half the native
-# kernels' time, at 64 to 32,768 keys (6 heads x 64, two cores of a Xeon with AMX). Below, keys and values repeated for
-# each head of a group cost what the tiles save.
-TILE_QUERIES = 64
 # Without cuDNN, which PyTorch prefers on Hopper: it plans anew for every number of keys.
 DECODE_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -69,8 +63,6 @@ def model_attention(q, k, v, *, scale: float, kv_start: torch.Tensor | None = No
 
     if attention.unsupported_reason(q, k, v) is not None:
         return None
-    if q.dtype == torch.bfloat16 and q.shape[2] >= TILE_QUERIES and kv_start is None and _has_tiles():
-        return tile_attention(q, k, v, scale=scale)
     return attention.dense_attention(q, k, v, scale=scale, kv_start=kv_start)
 
 
@@ -79,29 +71,6 @@ def decode_attention(q, k, v, *, scale: float) -> torch.Tensor:
     rows = q.reshape(k.shape[0], k.shape[1], -1, q.shape[3])
     with sdpa_kernel(DECODE_BACKENDS):
         return F.scaled_dot_product_attention(rows, k, v, scale=scale).view_as(q)
-
-
-def tile_attention(q, k, v, *, scale: float) -> torch.Tensor:
-    """SDPA on the CPU for the last TQ of TK positions, without a mask: `[B, HQ, TQ, D]`.
-
-    The keys before the first query are attended to in full and the last TQ causally, and the two are weighed by their
-    sums of exponentials. With a mask `[TQ, TK]` instead, SDPA takes about twice as long at TK = 2 TQ.
-    """
-    groups, past = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
-    k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-    attend = functools.partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, scale=scale)
-    out, log_sum = attend(q, k[:, :, past:], v[:, :, past:], is_causal=True)
-    if past == 0:
-        return out
-    before, log_sum_before = attend(q, k[:, :, :past], v[:, :, :past])
-    share = torch.sigmoid(log_sum_before - log_sum).unsqueeze(-1)  # of the keys before, in the softmax over all
-    return torch.lerp(out.float(), before.float(), share).to(q.dtype)
-
-
-@functools.cache
-def _has_tiles() -> bool:
-    """Whether the processor has AMX: PyTorch's bfloat16 products use it, the native kernels do not."""
-    return torch.cpu._is_amx_tile_supported()
 
 
 def _reference(q, k, v, scale, kv_start, sliding_window) -> torch.Tensor:

@@ -66,6 +66,19 @@ def test_names_of_instruction_sets():
     assert resolve_backend("cpu") == ("cpu", f"native kernels, instruction set {load_library().isa}")
 
 
+@pytest.mark.skipif("amx" not in NAMES, reason="the processor or the build has no AMX")
+def test_tile_registers_are_given_back(reload_library):
+    """torch's own products use them as well, on the same threads."""
+    reload_library(**{ISA_VARIABLE: "amx"})
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(300, 512, generator=generator).bfloat16() for _ in range(2))
+    q, k, v = make_inputs(2, 150, 2, 3, 64, dtype=torch.bfloat16)
+    product, attended = x @ weight.T, dense_attention(q, k, v, backend="cpu")
+    for _ in range(5):
+        assert torch.equal(x @ weight.T, product)
+        assert torch.equal(dense_attention(q, k, v, backend="cpu"), attended)
+
+
 # A library that is not there.
 
 
@@ -98,7 +111,8 @@ def test_without_the_library_pytorch_runs(variable, value, words, reload_library
     expected = sparse_attention(q, k, v, **SMALL, backend="reference")
     expected_dense = dense_attention(q, k, v, backend="reference")
     reload_library(**{variable: value})
-    name, reason = resolve_backend("cpu")
+    with pytest.warns(UserWarning, match=f"{words}.*; PyTorch runs instead"):
+        name, reason = resolve_backend("cpu")
     assert name == "reference" and "\n" not in reason and reason == f"plain PyTorch: {why_missing()}"
     assert all(torch.equal(a, b) for a, b in zip(sparse_attention(q, k, v, **SMALL), expected))
     assert torch.equal(dense_attention(q, k, v), expected_dense)

@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from definitions import causal_mask, check_rounding, make_inputs, masked_attention, rounding
 
-from minicpm4_hf.kernels import dense
 from minicpm4_hf.kernels.cpu import attention, why_missing
-from minicpm4_hf.kernels.dense import decode_attention, dense_attention, model_attention, tile_attention
+from minicpm4_hf.kernels.dense import decode_attention, dense_attention, model_attention
 
 needs_native = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
@@ -93,8 +92,7 @@ def test_what_padding_holds_does_not_matter(dtype, poisoned_empty):
 @pytest.mark.parametrize("group", [1, 3, 4, 16], ids=lambda g: f"G{g}")
 @BACKENDS
 @DTYPES
-def test_equals_sdpa(dtype, backend, group, monkeypatch):
-    monkeypatch.setattr(dense, "_has_tiles", lambda: False)
+def test_equals_sdpa(dtype, backend, group):
     q, k, v = make_inputs(2, 203, 2, group, 64, dtype=dtype)
     out = dense_attention(q, k, v, backend=backend)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -172,38 +170,6 @@ def test_auto_takes_the_native_kernel_where_it_serves(monkeypatch):
     dense_attention(*(t.double() for t in tensors))
     dense_attention(*(t[..., :24] for t in tensors))
     assert len(calls) == 1
-
-
-@needs_native
-def test_prompts_in_bfloat16_are_left_to_sdpa_where_there_are_tiles(monkeypatch):
-    """AMX multiplies for PyTorch, not for the native kernels; all else stays with them."""
-    calls = []
-    real = dense.tile_attention
-    monkeypatch.setattr(dense, "tile_attention", lambda *a, **o: calls.append(1) or real(*a, **o))
-    prompt = make_inputs(1, dense.TILE_QUERIES + 9, 1, 2, 64, dtype=torch.bfloat16)
-    chunk, short = ((prompt[0][:, :, past:], *prompt[1:]) for past in (9, 10))
-    expected = model_attention(*(t.float() for t in prompt), scale=0.1)
-    for has_tiles in (False, True):
-        monkeypatch.setattr(dense, "_has_tiles", lambda: has_tiles)  # noqa: B023
-        for tensors in (prompt, chunk):
-            out = model_attention(*tensors, scale=0.1)
-            torch.testing.assert_close(out.float(), expected[:, :, -out.shape[2] :], rtol=0.01, atol=0.01)
-        assert len(calls) == 2 * has_tiles
-        model_attention(*short, scale=0.1)
-        model_attention(*prompt, scale=0.1, kv_start=torch.tensor([3]))
-        model_attention(*(t.float() for t in prompt), scale=0.1)
-        assert len(calls) == 2 * has_tiles
-
-
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (5, 5), (1, 40), (33, 70), (64, 4100), (7, 1030)])
-def test_parts_of_sdpa_give_attention_over_a_prefix(num_queries, num_keys):
-    q, k, v = make_inputs(2, num_keys, 2, 3, 32, dtype=torch.bfloat16)
-    # Scores far from 0, so that the two parts differ in weight by many powers of ten.
-    q = 20 * q[:, :, -num_queries:]
-    exact = dense_attention(q.double(), k.double(), v.double(), scale=0.3, backend="reference")
-    rounded = dense_attention(q, k, v, scale=0.3, backend="reference")
-    allowed = 2 * (rounded.double() - exact).abs().max() + 1e-3
-    assert (tile_attention(q, k, v, scale=0.3).double() - exact).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("num_keys", [1, 17, 333], ids=lambda n: f"T{n}")

@@ -24,7 +24,7 @@ MAKE = {"ternary": ternary_weight, "int4": int4_weight, "int8": int8_weight}
 
 
 def assert_exact(out, x, packed):
-    packed_weights.assert_exact(out, x, packed, rounds_inputs=load_library().isa == "avx512_bf16")
+    packed_weights.assert_exact(out, x, packed, rounds_inputs=load_library().isa in ("amx", "avx512_bf16"))
 
 
 def run(packed, x, backend="cpu"):

@@ -18,7 +18,8 @@ struct Tile {
     TileShape shape;
 };
 
-// Runs of keys that a tile attends to: key `first(i)` .. `first(i) + size(i)`, seen by the queries of `mask(i)`.
+// Runs of keys that a tile attends to: key `first(i)` .. `first(i) + size(i)`, seen by the queries of `mask(i)`. Where the
+// tile does not end in it, a run has `length(i)` keys; it is number `number(i)` of the row, which has `count_of` runs.
 struct DenseRuns {
     int64_t begin, count, end;
     DenseRuns(const TileShape &t, int64_t, const uint64_t *) {
@@ -27,8 +28,11 @@ struct DenseRuns {
         count = (end + kTile - 1) / kTile - begin;
     }
     int64_t first(int64_t i) const { return (begin + i) * kTile; }
+    int64_t length(int64_t) const { return kTile; }
     int64_t size(int64_t i) const { return min64(kTile, end - first(i)); }
+    int64_t number(int64_t i) const { return begin + i; }
     uint64_t mask(int64_t) const { return ~0ull; }
+    static int64_t count_of(int64_t num_keys, int64_t) { return (num_keys + kTile - 1) / kTile; }
 };
 
 struct BlockRuns {  // a block larger than a tile is cut into runs
@@ -37,13 +41,16 @@ struct BlockRuns {  // a block larger than a tile is cut into runs
     BlockRuns(const TileShape &t, int64_t block_size_, const uint64_t *masks_) : block_size(block_size_), masks(masks_) {
         end = t.first_position + t.num_queries;
         per_block = (block_size + kTile - 1) / kTile;
-        count = ((end - 1) / block_size + 1) * per_block;
+        count = count_of(end, block_size);
     }
     int64_t first(int64_t i) const { return i / per_block * block_size + i % per_block * kTile; }
-    int64_t size(int64_t i) const {
-        return min64(min64(kTile, block_size - i % per_block * kTile), end - first(i));
-    }
+    int64_t length(int64_t i) const { return min64(kTile, block_size - i % per_block * kTile); }
+    int64_t size(int64_t i) const { return min64(length(i), end - first(i)); }
+    int64_t number(int64_t i) const { return i; }
     uint64_t mask(int64_t i) const { return masks[i / per_block]; }
+    static int64_t count_of(int64_t num_keys, int64_t block_size) {
+        return ((num_keys - 1) / block_size + 1) * ((block_size + kTile - 1) / kTile);
+    }
 };
 
 // Keys or values of a run, readable up to `rows` of them: in place, or copied where they must be converted or where
@@ -111,6 +118,31 @@ static void attend_runs(E &engine, const Tile &tile, const Runs &runs, int64_t b
     }
 }
 
+#if MC_AMX
+// The same from copies in the order of tile registers. `first_run` is the row's first run among those of the call.
+template <class E, class Runs>
+static void attend_tile_runs(E &engine, const Tile &tile, const Runs &runs, int64_t begin, int64_t end, const bf16 *k,
+                             int64_t k_row, const bf16 *v, int64_t v_row, TileRuns &ordered, int64_t first_run,
+                             uint16_t *own) {
+    auto wanted_from = [&](int64_t i) {
+        while (i < end && !(runs.mask(i) && runs.size(i) > 0)) i++;
+        return i;
+    };
+    for (int64_t i = wanted_from(begin), next; i < end; i = next) {
+        next = wanted_from(i + 1);
+        const int64_t first = runs.first(i), there = min64(runs.length(i), tile.num_keys - first);
+        KeyRows keys = {(const uint16_t *)k + first * k_row, k_row, nullptr};
+        KeyRows values = {(const uint16_t *)v + first * v_row, v_row, nullptr};
+        if (next < end) {
+            keys.ahead = (const uint16_t *)k + runs.first(next) * k_row;
+            values.ahead = (const uint16_t *)v + runs.first(next) * v_row;
+        }
+        const uint16_t *run = ordered.get(first_run + runs.number(i), keys, values, there, own);
+        engine.process(run, run + engine.run_rows * engine.dim_, first, runs.size(i), runs.mask(i));
+    }
+}
+#endif
+
 // The whole call, for one engine, input type and way to pick the keys.
 template <class E, class S, class T, class Runs, bool SPARSE>
 struct Attention {
@@ -119,6 +151,9 @@ struct Attention {
     int64_t budget, max_blocks, max_queries;
     Tile *tiles = nullptr;
     int64_t num_tiles = 0;
+#if MC_AMX
+    TileRuns *ordered = nullptr;
+#endif
 
     Attention(const mc_attention_args &a_, int64_t chunk_) : a(a_) {
         group = a.query_heads / a.heads;
@@ -164,6 +199,7 @@ struct Attention {
 
     // What one thread needs.
     struct Workspace {
+        TileRegisters registers;
         Scratch memory;
         float *select, *scores, *engine, *staged, *row;
         uint64_t *masks;
@@ -188,8 +224,8 @@ struct Attention {
     int64_t own_block(const Tile &t) const { return t.shape.first_position / a.block_size; }
     bool must_choose(const Tile &t) const { return SPARSE && own_block(t) >= budget; }
 
-    void score(const Tile &t, int64_t begin, int64_t end, float *memory, float *scores) const {
-        Selector<S, T> selector(a, memory, t.shape.num_queries);
+    void score(const Tile &t, int64_t begin, int64_t end, float *memory, float *scores, TileRegisters &registers) const {
+        Selector<S, T> selector(a, memory, t.shape.num_queries, registers);
         const mc_tensor &q = a.q_select.data ? a.q_select : a.q;
         selector.load_queries(at<const T>(q, t.batch, t.head * group, t.query), q.stride[1], q.stride[2],
                               t.shape.num_queries);
@@ -209,10 +245,22 @@ struct Attention {
 
     Runs runs_of(const Tile &t, const uint64_t *masks) const { return Runs(t.shape, a.block_size, masks); }
 
+    // Rows of a run in a copy of it, and runs of a row.
+    int64_t run_rows() const { return SPARSE ? round_up(min64(kTile, a.block_size), 32) : kTile; }
+    int64_t row_runs() const { return Runs::count_of(a.num_keys, a.block_size); }
+
     void attend(E &engine, const Tile &t, int64_t c, const Runs &runs, int64_t begin, int64_t end, Workspace &w) const {
         int64_t first_head = t.head * group + c * chunk;
         engine.init(w.engine, (int)a.dim, (int)min64(chunk, group - c * chunk), (float)(a.scale * 1.4426950408889634),
                     t.shape, at<const T>(a.q, t.batch, first_head, t.query), a.q.stride[1], a.q.stride[2]);
+#if MC_AMX
+        if constexpr (E::kTiles) {
+            engine.registers = &w.registers, engine.run_rows = run_rows();
+            attend_tile_runs<E, Runs>(engine, t, runs, begin, end, at<const T>(a.k, t.batch, t.head, t.start),
+                                      a.k.stride[2], at<const T>(a.v, t.batch, t.head, t.start), a.v.stride[2], *ordered,
+                                      (t.batch * a.heads + t.head) * row_runs(), (uint16_t *)w.staged);
+        } else
+#endif
         attend_runs<E, T, Runs>(engine, t, runs, begin, end, at<const T>(a.k, t.batch, t.head, t.start), a.k.stride[2],
                                 at<const T>(a.v, t.batch, t.head, t.start), a.v.stride[2], a.dim, w.staged);
     }
@@ -223,7 +271,8 @@ struct Attention {
 
     void run_tile(const Tile &t, Workspace &w) const {
         if (SPARSE) {
-            if (must_choose(t)) score(t, a.init_blocks, own_block(t) - a.window_size / a.block_size, w.select, w.scores);
+            if (must_choose(t))
+                score(t, a.init_blocks, own_block(t) - a.window_size / a.block_size, w.select, w.scores, w.registers);
             choose(t, w.scores, w.masks);
         }
         Runs runs = runs_of(t, w.masks);
@@ -268,6 +317,7 @@ struct Attention {
         for (int64_t t = 0; t < num_tiles; t++) choosing = choosing || must_choose(tiles[t]), pending[t] = parts;
         if (SPARSE && choosing)
             parallel_run(num_threads, [&](int, int) {
+                TileRegisters registers;
                 Scratch memory(4 * Workspace::select_floats(*this));
                 if (!memory.ok()) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
                 for (int64_t i; memory.ok() && (i = first_counter.next()) < items;) {
@@ -275,7 +325,8 @@ struct Attention {
                     if (!must_choose(t)) continue;
                     int64_t begin = a.init_blocks, end = own_block(t) - a.window_size / a.block_size, part = i % parts;
                     int64_t from = begin + (end - begin) * part / parts, to = begin + (end - begin) * (part + 1) / parts;
-                    if (from < to) score(t, from, to, (float *)memory.data, scores + i / parts * max_queries * max_blocks);
+                    if (from < to)
+                        score(t, from, to, (float *)memory.data, scores + i / parts * max_queries * max_blocks, registers);
                 }
             });
         if (failed) return MC_NO_MEMORY;
@@ -342,6 +393,19 @@ struct Attention {
         clear_padding();
         if (!cut_tiles()) return MC_NO_MEMORY;
         if (!num_tiles) return MC_OK;
+#if MC_AMX
+        if constexpr (E::kTiles) {
+            const bool shared = num_tiles > a.batch * a.heads;
+            TileRuns runs(shared ? a.batch * a.heads * row_runs() : 0, run_rows(), a.dim);
+            if (!runs.ok()) return MC_NO_MEMORY;
+            ordered = &runs;
+            return run_in_order();
+        }
+#endif
+        return run_in_order();
+    }
+
+    int run_in_order() {
         return a.num_threads > num_tiles ? run_parts(a.num_threads) : run_tiles(a.num_threads);
     }
 };
@@ -351,6 +415,19 @@ static int run_attention(const mc_attention_args &a, int64_t chunk) {
     if (a.blocks.data) return Attention<E, S, T, BlockRuns, true>(a, chunk).run();
     return Attention<E, S, T, DenseRuns, false>(a, chunk).run();
 }
+
+#if MC_AMX
+// Whether putting keys in order for the tile registers pays: not for a single token, which is bound by reading them.
+static bool fills_tiles(const mc_attention_args &a) {
+    return a.num_queries > 1 && a.num_queries * a.query_heads / a.heads >= 8 && a.dim % 32 == 0;
+}
+
+static int run_amx(const mc_attention_args &a) {
+    if (a.dim == 64) return run_attention<EngineAmx<64>, SelectAmx, bf16>(a, 16);
+    if (a.dim == 128) return run_attention<EngineAmx<128>, SelectAmx, bf16>(a, 16);
+    return run_attention<EngineAmx<0>, SelectAmx, bf16>(a, 16);
+}
+#endif
 
 #if MC_BF16
 template <int GP>
@@ -380,6 +457,9 @@ static int attention(const mc_attention_args &a) {
     if (a.dtype == MC_FLOAT32) return run_attention<EngineFp32<float>, SelectFp32, float>(a, 1 << 20);
     if (a.dtype == MC_FLOAT16) return run_attention<EngineFp32<fp16>, SelectFp32, fp16>(a, 1 << 20);
     if (a.dtype != MC_BFLOAT16) return MC_UNSUPPORTED;
+#if MC_AMX
+    if (fills_tiles(a)) return run_amx(a);
+#endif
 #if MC_BF16
     int64_t group = a.query_heads / a.heads;
     if (group > 8) return run_bf16<16>(a);

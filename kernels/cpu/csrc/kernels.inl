@@ -34,7 +34,15 @@ namespace {
 #if MC_BF16
 #include "engine_bf16.h"
 #endif
+#if MC_AMX
+#include "tiles.h"
+#else
+struct TileRegisters {};
+#endif
 #include "select.h"
+#if MC_AMX
+#include "engine_amx.h"
+#endif
 #include "attend.h"
 #include "pool.h"
 #include "rowwise.h"

@@ -1,9 +1,19 @@
 // Picks the instruction set once and exports the plain C functions.
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #include "abi.h"
 
 // Which sets this build has is decided by what its compiler could do (setup.py).
+#if defined(MC_HAS_AMX)
+extern const mc_kernels mc_amx;
+#endif
 #if defined(MC_HAS_AVX512_BF16)
 extern const mc_kernels mc_avx512_bf16;
 #endif
@@ -34,6 +44,18 @@ bool has_avx512() {
 bool has_avx512_bf16() {
     return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
+#if defined(__linux__)
+// A process must ask for the tile registers, whose contents a thread's state then has to hold.
+bool has_amx() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const unsigned tiles = 1u << 24, bf16_products = 1u << 22;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return (d & tiles) && (d & bf16_products) && !syscall(SYS_arch_prctl, kRequestPermission, kTileData);
+}
+#else
+bool has_amx() { return false; }
+#endif
 bool is_intel() {
     __builtin_cpu_init();  // constructors may run before the compiler's own
     return __builtin_cpu_is("intel");
@@ -44,6 +66,9 @@ bool is_intel() { return false; }
 bool always() { return true; }
 
 const Isa kIsas[] = {  // the fastest first
+#if defined(MC_HAS_AMX)
+    {"amx", &mc_amx, has_amx},
+#endif
 #if defined(MC_HAS_AVX512_BF16)
     {"avx512_bf16", &mc_avx512_bf16, has_avx512_bf16},
 #endif

@@ -123,9 +123,33 @@ struct PackedMatmul {
         }
     }
 
+#if MC_AMX
+    // Pairs of codes and pairs of inputs lie as tile registers want them: 16 rows of x at a time.
+    static constexpr bool kTiles = E::COLUMNS == 2;
+
+    void multiply_tiles(const uint32_t *panel, const uint32_t *x, int64_t rows, int64_t begin, int64_t end,
+                        const float *scales, float *sums, TileRegisters &registers) const {
+        alignas(64) float products[16 * PANEL];
+        for (int64_t m = 0; m < rows; m += 16) {
+            const int64_t here = min64(16, rows - m);
+            registers.set_rows((int)here);
+            TileProduct{(const char *)(x + m * BLOCK + begin), (const char *)(panel + begin * PANEL), 4 * BLOCK, 64,
+                        4 * PANEL, 64 * PANEL, 64, products, 4 * PANEL, (end - begin) / 16}.template run<VECTORS, false>();
+            for (int64_t r = 0; r < here; r++) MC_UNROLL for (int v = 0; v < PANEL; v += W) {
+                float *sum = sums + (m + r) * PANEL + v;
+                store(sum, load(sum) + load(products + r * PANEL + v) * load(scales + v));
+            }
+        }
+    }
+#endif
+
     // All rows over elements begin to end of a decoded block.
     void multiply(const uint32_t *panel, const uint32_t *x, int64_t rows, int64_t begin, int64_t end, const float *scales,
-                  float *sums) const {
+                  float *sums, TileRegisters &registers) const {
+#if MC_AMX
+        if constexpr (kTiles)
+            if ((end - begin) % 16 == 0) return multiply_tiles(panel, x, rows, begin, end, scales, sums, registers);
+#endif
         int64_t m = 0;
         for (; m + ROWS <= rows; m += ROWS) tile<ROWS>(panel, x + m * BLOCK, begin, end, scales, sums + m * PANEL);
         x += m * BLOCK, sums += m * PANEL;
@@ -140,7 +164,7 @@ struct PackedMatmul {
 
     // `rows` rows of x, in order [blocks, of_rows, BLOCK], times outputs `begin` to `begin + count`.
     void run_panel(const Weight &w, int64_t begin, int64_t count, const uint32_t *x, int64_t rows, int64_t of_rows,
-                   uint32_t *panel, float *scales, float *sums, X *out) const {
+                   uint32_t *panel, float *scales, float *sums, X *out, TileRegisters &registers) const {
         __builtin_memset(sums, 0, rows * PANEL * 4);
         if (a.group_of_column)
             for (int64_t g = 0; g < groups; g++) panel_scales(w, begin, count, g, scales + (g + 1) * PANEL);
@@ -152,13 +176,15 @@ struct PackedMatmul {
             if constexpr (BITS == INT4 && E::COLUMNS == 1)
                 if (a.group_of_column) scale_columns(scales + PANEL, b, panel);
             if (scaled_last) {
-                multiply(panel, x, rows, 0, (end - first + WORD_COLUMNS - 1) / WORD_COLUMNS * FIELDS, scales, sums);
+                multiply(panel, x, rows, 0, (end - first + WORD_COLUMNS - 1) / WORD_COLUMNS * FIELDS, scales, sums,
+                         registers);
                 continue;
             }
             for (int64_t column = first; column < end;) {
                 const int64_t group = column / a.group_size, until = min64(end, (group + 1) * a.group_size);
                 panel_scales(w, begin, count, group, scales);
-                multiply(panel, x, rows, (column - first) / E::COLUMNS, (until - first) / E::COLUMNS, scales, sums);
+                multiply(panel, x, rows, (column - first) / E::COLUMNS, (until - first) / E::COLUMNS, scales, sums,
+                         registers);
                 column = until;
             }
         }
@@ -192,6 +218,7 @@ struct PackedMatmul {
             parallel_run(min64(a.num_threads, items), [&](int thread, int) {
                 uint32_t *panel = own + thread * own_words;
                 float *sums = (float *)panel + BLOCK * PANEL, *scales = sums + part_rows * PANEL;
+                TileRegisters registers;
                 for (int64_t i; (i = item_counter.next()) < items;) {
                     const int64_t p = i / parts, first = i % parts * ROW_CHUNK;
                     int64_t w = 0;
@@ -199,7 +226,7 @@ struct PackedMatmul {
                     const int64_t n = (p - panels[w]) * PANEL;
                     run_panel(Weight{a.weight[w], a.scales[w], a.out_features[w]}, n, min64(PANEL, a.out_features[w] - n),
                               x + first * BLOCK, min64(ROW_CHUNK, rows - first), rows, panel, scales, sums,
-                              (X *)a.out + (begin + first) * a.out_stride + columns[w] + n);
+                              (X *)a.out + (begin + first) * a.out_stride + columns[w] + n, registers);
                 }
             });
         }
@@ -225,11 +252,13 @@ static int matmul(const mc_linear_args &a) {
         case MC_INT4: return PackedMatmul<Fp32Engine, INT4, float>(a).run();
         case MC_INT8: return PackedMatmul<Fp32Engine, INT8, float>(a).run();
     }
+#if !MC_AMX
     // On Intel's processors VDPBF16PS is slow: on a Xeon with AMX, float32 makes more products a second.
     if (a.dtype == MC_BFLOAT16 && mc_is_intel) switch (a.format) {
         case MC_TERNARY: return PackedMatmul<Fp32Engine, TERNARY, bf16>(a).run();
         case MC_INT4: return PackedMatmul<Fp32Engine, INT4, bf16>(a).run();
     }
+#endif
     if (a.dtype == MC_BFLOAT16) switch (a.format) {
         case MC_TERNARY: return PackedMatmul<CodeEngine, TERNARY, bf16>(a).run();
         case MC_INT4: return PackedMatmul<CodeEngine, INT4, bf16>(a).run();

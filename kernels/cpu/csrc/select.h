@@ -8,6 +8,7 @@ struct SelectFp32 {
     typedef float word;
     static constexpr int kPerWord = 1;
     static constexpr int HEADS = W >= 16 ? 8 : 4;
+    static constexpr bool kTiles = false;
     template <class T>
     MC_INLINE void copy_row(const T *from, word *to, int64_t dim) { convert_row(from, to, dim); }
     template <class T>
@@ -20,6 +21,7 @@ struct SelectBf16 {
     typedef uint32_t word;
     static constexpr int kPerWord = 2;
     static constexpr int HEADS = 8;
+    static constexpr bool kTiles = false;
     MC_INLINE void copy_row(const bf16 *from, word *to, int64_t dim) { __builtin_memcpy(to, from, dim * 2); }
     MC_INLINE word key_word(const bf16 *row, int64_t d) {
         word x;
@@ -29,6 +31,12 @@ struct SelectBf16 {
     MC_INLINE vf multiply_add(vf sum, vf keys, word query) {
         return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)keys, (__m512bh)_mm512_set1_epi32((int)query));
     }
+};
+#endif
+
+#if MC_AMX
+struct SelectAmx : SelectBf16 {
+    static constexpr bool kTiles = true;
 };
 #endif
 
@@ -83,6 +91,7 @@ struct Selector {
     word *queries, *keys;            // [tile][group][words], [words][width]
     float *scores, *maxima, *sums;   // [group][width], [tile][group][W] twice
     float *lse, *window;             // [tile][group], [tile][the carried weights and `width` new ones], and a row to work in
+    TileRegisters &registers;
     const char *next_keys = nullptr, *next_end = nullptr;  // what is asked for while a chunk is worked on
 
     static void geometry(const mc_attention_args &a, int64_t &chunk, int64_t &per_block, int64_t &carry) {
@@ -99,7 +108,8 @@ struct Selector {
                num_queries * (2 * carry + per_block + width) + width + 256;
     }
 
-    Selector(const mc_attention_args &a, float *memory, int64_t num_queries) : args(&a) {
+    Selector(const mc_attention_args &a, float *memory, int64_t num_queries, TileRegisters &registers_)
+        : args(&a), registers(registers_) {
         dim = a.dim, group = a.query_heads / a.heads, words = dim / S::kPerWord;
         geometry(a, chunk, per_block, carry);
         width = round_up(chunk, 2 * W), blocks_per_chunk = chunk / per_block;
@@ -129,7 +139,7 @@ struct Selector {
         if (first + count < s.count) {
             next_keys = (const char *)(s.data + (first + count) * s.stride);
             next_end = next_keys + min64(width, s.count - first - count) * dim * sizeof(T);
-            if (s.stride != dim) {  // not in one piece
+            if (in_tiles() || s.stride != dim) {  // nobody asks on the way, or not in one piece
                 fetch(s, first + count);
                 next_keys = nullptr;
             }
@@ -211,8 +221,37 @@ struct Selector {
             weights ? score_heads<false, true>(i, count, weights) : score_heads<false, false>(i, count, weights);
     }
 
+    // The heads of a query are the rows of one tile register.
+    bool in_tiles() const { return S::kTiles && group <= 16; }
+
+#if MC_AMX
+    template <bool WEIGHTS>
+    void score_tiles(int64_t i, int64_t count, float *weights) {
+        const float *minus = lse + i * group;
+        registers.set_rows((int)group);
+        for (int64_t j = 0; j < count; j += 4 * W) {
+            const int tiles = (int)min64(4, (count - j + W - 1) / W);
+            TileProduct{(const char *)(queries + i * group * words), (const char *)(keys + j), 4 * words, 64, 4 * width,
+                        64 * width, 64, scores + j, 4 * width, words / 16}.template run<false>(tiles);
+            for (int64_t t = j; t < j + tiles * W; t += W) {
+                vf sum = vf{};
+                for (int64_t h = 0; h < group; h++) {
+                    float *at = scores + h * width + t;
+                    if (WEIGHTS) sum += AddWeights<1>::weight(load(at), factor, minus[h]);
+                    else store(at, load(at) * factor);
+                }
+                if (WEIGHTS) store(weights + t, sum);
+            }
+        }
+    }
+#endif
+
     template <bool AHEAD, bool WEIGHTS>
     void score_heads(int64_t i, int64_t count, float *weights) {
+#if MC_AMX
+        if constexpr (S::kTiles)
+            if (in_tiles()) return score_tiles<WEIGHTS>(i, count, weights);
+#endif
         const word *q = queries + i * group * words;
         const float *minus = lse + i * group;
         const char *next = next_keys;
