@@ -145,7 +145,7 @@ class Benchmark:
             if name in self.facts:  # measured before, in a run that is gone on with
                 raise ValueError(
                     f"{name} was measured as {self.facts[name]}, and now it is {worker.facts}: the figures do not "
-                    "belong together; choose another --output."
+                    "belong together; go back to that, or choose another --output."
                 )
             self.facts[name] = worker.facts
             self.records.add("worker", contestant=name, facts=worker.facts)

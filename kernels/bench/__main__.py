@@ -29,6 +29,7 @@ from minicpm4_hf.kernels.bench import lowbit
 from minicpm4_hf.kernels.bench.cuda import GPU_DEFAULTS, describe_gpu, gpu_cases, measure_case, print_case
 from minicpm4_hf.kernels.bench.registry import OPS, Op, Shape, measure_parity
 from minicpm4_hf.kernels.bench.timing import COLD_BYTES, MATMUL, MEMORY, ceilings, time_in_turns
+from minicpm4_hf.kernels.cpu import load_library, why_missing
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -200,6 +201,8 @@ def main(argv: list[str] | None = None) -> int:
         "repeats": args.repeats,
         "shapes": {},
     }
+    if args.device == "cpu" and why_missing() is None:
+        document["instruction_set"] = load_library().isa
     print(", ".join(f"{key} {value}" for key, value in machine.items()) + f"; {args.dtype}, {args.repeats} repeats")
     if set(names) & set(cases):
         document.update(describe_gpu())

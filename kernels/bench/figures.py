@@ -12,7 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-DECODE, PREFILL = (Path(f"kernels/bench/records/cpu-{name}.json") for name in ("decode", "prefill"))
+DECODE, PREFILL, PREFILL_AMX = (
+    Path(f"kernels/bench/records/cpu-{name}.json") for name in ("decode", "prefill", "prefill-amx")
+)
 SPEED = tuple(Path(f"eval/results/speed-cpu-{name}.json") for name in ("llama.cpp", "qwen3"))
 GPU = tuple(Path(f"eval/results/infllm_v2-{name}.json") for name in ("h100", "training-h100"))
 LOWBIT, LOWBIT_SPEED = Path("eval/results/lowbit-cpu.json"), Path("eval/results/speed-cpu-lowbit.json")
@@ -138,11 +140,14 @@ def cpu_figures(load) -> list[str]:
         prefill_table(prefill),
         "One token in one layer, keys not in any cache:",
         decode_table(decode),
+        f"A prompt on a processor with AMX, which PyTorch's attention and matrix product use as well: "
+        f"{_describe(load(PREFILL_AMX))}, instruction set `{load(PREFILL_AMX)['instruction_set']}`.",
+        prefill_table(load(PREFILL_AMX)),
     ]
     for path in SPEED:
         parts.append(
-            "Whole models of the 0.5B shape (Qwen3: its own 0.6B), random weights, bfloat16; llama.cpp: F16, "
-            "flash attention:"
+            "Whole models of the 0.5B shape (Qwen3: its own 0.6B), on the first machine, random weights, bfloat16; "
+            "llama.cpp: F16, flash attention:"
             if path == SPEED[0]
             else "To the length that llama.cpp would need hours to reach:"
         )

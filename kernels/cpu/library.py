@@ -9,7 +9,6 @@ import functools
 import os
 import struct
 import sysconfig
-import warnings
 from pathlib import Path
 
 import torch
@@ -89,12 +88,10 @@ def isa_names(library: ctypes.CDLL | None = None) -> list[str]:
 
 
 def why_missing() -> str | None:
-    """None where the library runs, or the reason why it does not; a warning too where one was asked for by name."""
+    """None where the library runs, or the reason why it does not."""
     try:
         load_library()
     except LibraryUnavailable as error:
-        if os.environ.get(ISA_VARIABLE) or LIBRARY_VARIABLE in os.environ:
-            warnings.warn(f"{error}; PyTorch runs instead", stacklevel=2)
         return str(error)
     return None
 

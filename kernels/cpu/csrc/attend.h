@@ -72,6 +72,13 @@ MC_INLINE const typename E::key_t *stage(const T *from, int64_t &stride, int64_t
     return to;
 }
 
+// The first run from `i` on that some query sees, or `end`.
+template <class Runs>
+MC_INLINE int64_t first_wanted(const Runs &runs, int64_t i, int64_t end) {
+    while (i < end && !(runs.mask(i) && runs.size(i) > 0)) i++;
+    return i;
+}
+
 // Attends all queries of a tile to the runs begin, begin + 1, ... < end.
 template <class E, class T, class Runs>
 static void attend_runs(E &engine, const Tile &tile, const Runs &runs, int64_t begin, int64_t end, const T *k,
@@ -79,10 +86,7 @@ static void attend_runs(E &engine, const Tile &tile, const Runs &runs, int64_t b
     float *staged_values = staged + kTile * dim;
     // The run to fetch meanwhile: the next one, or the one after it where a single query leaves memory less time.
     const int64_t ahead = 1;
-    auto wanted_from = [&](int64_t i) {
-        while (i < end && !(runs.mask(i) && runs.size(i) > 0)) i++;
-        return i;
-    };
+    auto wanted_from = [&](int64_t i) { return first_wanted(runs, i, end); };
     auto fetch = [&](int64_t i) {
         prefetch_rows(k + runs.first(i) * k_row, k_row * sizeof(T), dim * sizeof(T), runs.size(i));
         prefetch_rows(v + runs.first(i) * v_row, v_row * sizeof(T), dim * sizeof(T), runs.size(i));
@@ -121,23 +125,19 @@ static void attend_runs(E &engine, const Tile &tile, const Runs &runs, int64_t b
 #if MC_AMX
 // The same from copies in the order of tile registers. `first_run` is the row's first run among those of the call.
 template <class E, class Runs>
-static void attend_tile_runs(E &engine, const Tile &tile, const Runs &runs, int64_t begin, int64_t end, const bf16 *k,
-                             int64_t k_row, const bf16 *v, int64_t v_row, TileRuns &ordered, int64_t first_run,
+static void attend_ordered_runs(E &engine, const Tile &tile, const Runs &runs, int64_t begin, int64_t end, const bf16 *k,
+                             int64_t k_row, const bf16 *v, int64_t v_row, OrderedRuns &ordered, int64_t first_run,
                              uint16_t *own) {
-    auto wanted_from = [&](int64_t i) {
-        while (i < end && !(runs.mask(i) && runs.size(i) > 0)) i++;
-        return i;
-    };
-    for (int64_t i = wanted_from(begin), next; i < end; i = next) {
-        next = wanted_from(i + 1);
-        const int64_t first = runs.first(i), there = min64(runs.length(i), tile.num_keys - first);
+    for (int64_t i = first_wanted(runs, begin, end), next; i < end; i = next) {
+        next = first_wanted(runs, i + 1, end);
+        const int64_t first = runs.first(i), existing = min64(runs.length(i), tile.num_keys - first);
         KeyRows keys = {(const uint16_t *)k + first * k_row, k_row, nullptr};
         KeyRows values = {(const uint16_t *)v + first * v_row, v_row, nullptr};
         if (next < end) {
             keys.ahead = (const uint16_t *)k + runs.first(next) * k_row;
             values.ahead = (const uint16_t *)v + runs.first(next) * v_row;
         }
-        const uint16_t *run = ordered.get(first_run + runs.number(i), keys, values, there, own);
+        const uint16_t *run = ordered.get(first_run + runs.number(i), keys, values, existing, own);
         engine.process(run, run + engine.run_rows * engine.dim_, first, runs.size(i), runs.mask(i));
     }
 }
@@ -152,7 +152,7 @@ struct Attention {
     Tile *tiles = nullptr;
     int64_t num_tiles = 0;
 #if MC_AMX
-    TileRuns *ordered = nullptr;
+    OrderedRuns *ordered = nullptr;
 #endif
 
     Attention(const mc_attention_args &a_, int64_t chunk_) : a(a_) {
@@ -245,7 +245,7 @@ struct Attention {
 
     Runs runs_of(const Tile &t, const uint64_t *masks) const { return Runs(t.shape, a.block_size, masks); }
 
-    // Rows of a run in a copy of it, and runs of a row.
+    // Rows of the copy of a run, and runs of a row.
     int64_t run_rows() const { return SPARSE ? round_up(min64(kTile, a.block_size), 32) : kTile; }
     int64_t row_runs() const { return Runs::count_of(a.num_keys, a.block_size); }
 
@@ -254,9 +254,9 @@ struct Attention {
         engine.init(w.engine, (int)a.dim, (int)min64(chunk, group - c * chunk), (float)(a.scale * 1.4426950408889634),
                     t.shape, at<const T>(a.q, t.batch, first_head, t.query), a.q.stride[1], a.q.stride[2]);
 #if MC_AMX
-        if constexpr (E::kTiles) {
+        if constexpr (E::kOrdersRuns) {
             engine.registers = &w.registers, engine.run_rows = run_rows();
-            attend_tile_runs<E, Runs>(engine, t, runs, begin, end, at<const T>(a.k, t.batch, t.head, t.start),
+            attend_ordered_runs<E, Runs>(engine, t, runs, begin, end, at<const T>(a.k, t.batch, t.head, t.start),
                                       a.k.stride[2], at<const T>(a.v, t.batch, t.head, t.start), a.v.stride[2], *ordered,
                                       (t.batch * a.heads + t.head) * row_runs(), (uint16_t *)w.staged);
         } else
@@ -394,18 +394,17 @@ struct Attention {
         if (!cut_tiles()) return MC_NO_MEMORY;
         if (!num_tiles) return MC_OK;
 #if MC_AMX
-        if constexpr (E::kTiles) {
+        if constexpr (E::kOrdersRuns) {
             const bool shared = num_tiles > a.batch * a.heads;
-            TileRuns runs(shared ? a.batch * a.heads * row_runs() : 0, run_rows(), a.dim);
-            if (!runs.ok()) return MC_NO_MEMORY;
+            OrderedRuns runs(shared ? a.batch * a.heads * row_runs() : 0, run_rows(), a.dim);
             ordered = &runs;
-            return run_in_order();
+            return run_threads();
         }
 #endif
-        return run_in_order();
+        return run_threads();
     }
 
-    int run_in_order() {
+    int run_threads() {
         return a.num_threads > num_tiles ? run_parts(a.num_threads) : run_tiles(a.num_threads);
     }
 };

@@ -1,9 +1,9 @@
 // Attention of a tile's queries over one run of keys in bfloat16 with float32 sums, in AMX's tile registers.
 //
 // Up to 16 rows (query, head), neighbours in [query][head], are one tile register of queries; a run is multiplied from a
-// copy of its keys and values in the order of the registers (`TileRuns`), made once for all tiles of a call. Scores of
-// 16 rows with 64 keys go through memory in the first cache; the softmax works on rows, keys on the lanes, and needs
-// neither folding nor another order of its weights.
+// copy of its keys and values in the order of the registers (`OrderedRuns`). Scores of 16 rows with 64 keys go through
+// memory in the first cache; the softmax works on rows, keys on the lanes, and needs neither folding nor another order of
+// its weights. A row that does not see a key of the run gives it weight 0, so that its value must be finite.
 
 // Keys and values of a run where they lie; `ahead` rows that are wanted next, or null.
 struct KeyRows {
@@ -14,23 +14,22 @@ struct KeyRows {
 
 // Runs of keys and values in the order of tile registers. Where several tiles may want a run, it is ordered once, by the
 // first thread that wants it.
-class TileRuns {
+class OrderedRuns {
     Scratch memory;
     const int64_t rows, dim;
-    const bool shared;
+    const bool shared;  // also false where there is no memory for it
     uint8_t *states = nullptr;  // of a run: 0 not there, 1 being made, 2 there
     uint16_t *runs = nullptr;
 
   public:
     // `count` runs of up to `rows_` keys, a multiple of 32; 0 runs where there is nothing to share.
-    TileRuns(int64_t count, int64_t rows_, int64_t dim_)
-        : memory(count + 64 + count * 4 * rows_ * dim_ + 64), rows(rows_), dim(dim_), shared(count > 0) {
-        if (!memory.ok() || !shared) return;
+    OrderedRuns(int64_t count, int64_t rows_, int64_t dim_)
+        : memory(count + 64 + count * 4 * rows_ * dim_ + 64), rows(rows_), dim(dim_), shared(count > 0 && memory.ok()) {
+        if (!shared) return;
         states = memory.take<uint8_t>(count);
         runs = memory.take<uint16_t>(2 * count * rows * dim);  // pages of runs that nobody wants are never touched
         __builtin_memset(states, 0, count);
     }
-    bool ok() const { return memory.ok(); }
 
     // Keys of run `i` (its values follow after `rows * dim`), of which `count` rows are there. `own` is room for a run
     // that is not shared, or that another thread is at work on.
@@ -100,7 +99,7 @@ class TileRuns {
 
 template <int DIM>
 struct EngineAmx {
-    static constexpr bool kTiles = true;
+    static constexpr bool kOrdersRuns = true;
     int dim_, group;
     float factor;
     TileShape tile;
@@ -138,7 +137,7 @@ struct EngineAmx {
         for (int64_t r = 0; r < rows; r++) m[r] = kNoScore;
     }
 
-    // Adds a run of `count` keys in the order of `TileRuns` to the queries whose bit is set in `chosen`.
+    // Adds a run of `count` keys in the order of `OrderedRuns` to the queries whose bit is set in `chosen`.
     void process(const uint16_t *keys, const uint16_t *values, int64_t first_key, int64_t count, uint64_t chosen) {
         chosen &= ~0ull >> (64 - tile.num_queries);
         while (chosen) {

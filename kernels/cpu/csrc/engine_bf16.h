@@ -14,7 +14,7 @@ struct EngineBf16 {
     static constexpr bool kConverts = false;
     static constexpr bool kAsksAhead = true;
     static constexpr bool kGroupIsQuery = true;
-    static constexpr bool kTiles = false;
+    static constexpr bool kOrdersRuns = false;
     static constexpr int VECTORS = UNIT / P;         // of scores of UNIT keys
     static constexpr int HEADS = GP < 8 ? GP : 8;    // heads of one pass over the values
     static constexpr int CHUNKS = 8 / HEADS < 4 ? 8 / HEADS : 4;  // times 32 dimensions

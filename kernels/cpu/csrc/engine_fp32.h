@@ -23,7 +23,7 @@ struct EngineFp32 {
     static constexpr bool kConverts = sizeof(T) != 4;
     static constexpr bool kAsksAhead = false;
     static constexpr bool kGroupIsQuery = false;
-    static constexpr bool kTiles = false;
+    static constexpr bool kOrdersRuns = false;
     int dim, group;
     float factor;  // scale * log2(e)
     TileShape tile;

@@ -2,6 +2,7 @@
 //   MC_ISA    name of the table it exports
 //   MC_WIDTH  floats of a vector
 //   MC_BF16   1 where there are bfloat16 dot products (AVX512-BF16)
+//   MC_AMX    1 where there are tile registers with bfloat16 products
 // and is compiled with that instruction set's flags. Everything lies in an anonymous namespace: with external linkage
 // the linker would keep one copy of each inline function, and that one may use instructions the machine lacks.
 #include <stdint.h>

@@ -8,7 +8,7 @@ struct SelectFp32 {
     typedef float word;
     static constexpr int kPerWord = 1;
     static constexpr int HEADS = W >= 16 ? 8 : 4;
-    static constexpr bool kTiles = false;
+    static constexpr bool kTileRegisters = false;
     template <class T>
     MC_INLINE void copy_row(const T *from, word *to, int64_t dim) { convert_row(from, to, dim); }
     template <class T>
@@ -21,7 +21,7 @@ struct SelectBf16 {
     typedef uint32_t word;
     static constexpr int kPerWord = 2;
     static constexpr int HEADS = 8;
-    static constexpr bool kTiles = false;
+    static constexpr bool kTileRegisters = false;
     MC_INLINE void copy_row(const bf16 *from, word *to, int64_t dim) { __builtin_memcpy(to, from, dim * 2); }
     MC_INLINE word key_word(const bf16 *row, int64_t d) {
         word x;
@@ -36,7 +36,7 @@ struct SelectBf16 {
 
 #if MC_AMX
 struct SelectAmx : SelectBf16 {
-    static constexpr bool kTiles = true;
+    static constexpr bool kTileRegisters = true;
 };
 #endif
 
@@ -213,7 +213,7 @@ struct Selector {
     };
 
     // All heads of query `i` against `count` loaded keys: their scores kept, or with `weights` (which must be 0 before)
-    // their weights added up. The first query of a tile asks for the next keys on the way.
+    // their weights added up. Without tile registers the first query of a tile asks for the next keys on the way.
     void score_query(int64_t i, int64_t count, float *weights = nullptr) {
         if (next_keys && next_keys < next_end)
             weights ? score_heads<true, true>(i, count, weights) : score_heads<true, false>(i, count, weights);
@@ -222,7 +222,7 @@ struct Selector {
     }
 
     // The heads of a query are the rows of one tile register.
-    bool in_tiles() const { return S::kTiles && group <= 16; }
+    bool in_tiles() const { return S::kTileRegisters && group <= 16; }
 
 #if MC_AMX
     template <bool WEIGHTS>
@@ -249,7 +249,7 @@ struct Selector {
     template <bool AHEAD, bool WEIGHTS>
     void score_heads(int64_t i, int64_t count, float *weights) {
 #if MC_AMX
-        if constexpr (S::kTiles)
+        if constexpr (S::kTileRegisters)
             if (in_tiles()) return score_tiles<WEIGHTS>(i, count, weights);
 #endif
         const word *q = queries + i * group * words;

@@ -8,8 +8,7 @@
 // that behind `p` included.
 MC_INLINE void settle_memory(const void *p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
-// Shapes of the registers: a and the sums have `rows` rows. What the thread had before comes back at the end: the
-// library that torch multiplies with keeps shapes of its own from one call to the next.
+// Shapes of the registers: a and the sums have `rows` rows. The shapes that the thread had before come back at the end.
 class TileRegisters {
     struct alignas(64) Shapes {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -27,8 +26,10 @@ class TileRegisters {
     }
     ~TileRegisters() {
         if (!rows_now) return;
-        if (before.palette) _tile_loadconfig(&before);
-        else _tile_release();
+        if (before.palette)
+            _tile_loadconfig(&before);
+        else
+            _tile_release();
     }
     TileRegisters(const TileRegisters &) = delete;
     TileRegisters &operator=(const TileRegisters &) = delete;
@@ -40,6 +41,7 @@ class TileRegisters {
         for (int i = 0; i < 8; i++) shapes.row_bytes[i] = 64, shapes.rows[i] = (uint8_t)(i < 5 ? rows : 16);
         settle_memory(&shapes);
         _tile_loadconfig(&shapes);
+        settle_memory(&shapes);
         rows_now = rows;
     }
 };
@@ -52,14 +54,15 @@ struct TileProduct {
     float *c;
     int64_t c_stride, steps;  // bytes; sums 16 columns apart are next to each other
 
+    // Sums in brackets: the intrinsics of gcc 11 are macros that cast what comes first.
     template <int TILES, bool ADD>
     MC_MEMBER void run() const {
         settle_memory(c);
         if (ADD) {
             _tile_loadd(0, c, c_stride);
-            if (TILES > 1) _tile_loadd(1, c + 16, c_stride);
-            if (TILES > 2) _tile_loadd(2, c + 32, c_stride);
-            if (TILES > 3) _tile_loadd(3, c + 48, c_stride);
+            if (TILES > 1) _tile_loadd(1, (c + 16), c_stride);
+            if (TILES > 2) _tile_loadd(2, (c + 32), c_stride);
+            if (TILES > 3) _tile_loadd(3, (c + 48), c_stride);
         } else {
             _tile_zero(0);
             if (TILES > 1) _tile_zero(1);
@@ -72,22 +75,22 @@ struct TileProduct {
             _tile_loadd(5, right, b_stride);
             _tile_dpbf16ps(0, 4, 5);
             if (TILES > 1) {
-                _tile_loadd(6, right + b_column, b_stride);
+                _tile_loadd(6, (right + b_column), b_stride);
                 _tile_dpbf16ps(1, 4, 6);
             }
             if (TILES > 2) {
-                _tile_loadd(5, right + 2 * b_column, b_stride);
+                _tile_loadd(5, (right + 2 * b_column), b_stride);
                 _tile_dpbf16ps(2, 4, 5);
             }
             if (TILES > 3) {
-                _tile_loadd(6, right + 3 * b_column, b_stride);
+                _tile_loadd(6, (right + 3 * b_column), b_stride);
                 _tile_dpbf16ps(3, 4, 6);
             }
         }
         _tile_stored(0, c, c_stride);
-        if (TILES > 1) _tile_stored(1, c + 16, c_stride);
-        if (TILES > 2) _tile_stored(2, c + 32, c_stride);
-        if (TILES > 3) _tile_stored(3, c + 48, c_stride);
+        if (TILES > 1) _tile_stored(1, (c + 16), c_stride);
+        if (TILES > 2) _tile_stored(2, (c + 32), c_stride);
+        if (TILES > 3) _tile_stored(3, (c + 48), c_stride);
         settle_memory(c);
     }
 

@@ -4,6 +4,7 @@ Nothing heavy is imported here; a kernel's module is loaded at its first call.
 """
 
 import os
+import warnings
 from functools import partial
 from importlib.util import find_spec
 
@@ -61,6 +62,8 @@ def resolve_backend(device_type: str, backend: str = "auto") -> tuple[str, str]:
         return "cpu", f"native kernels, instruction set {load_library().isa}"
     if backend == "cpu":
         raise RuntimeError(f"`backend='cpu'` cannot run: {missing}.")
+    if any(variable.startswith("MINICPM4_CPU_") for variable in os.environ):  # asked for by name
+        warnings.warn(f"{missing}; PyTorch runs instead", stacklevel=2)
     return "reference", f"plain PyTorch: {missing}"
 
 
