@@ -187,6 +187,8 @@ def test_tables_of_several_records():
     text = benchmark_table([{**dense, "rows": rows[:1]}, {**sparse, "rows": rows[::-1]}, {**dense, "rows": rows[1:]}])
     assert text.splitlines()[2:] == ["| a | 9 | 1.0 | 1.0 |", "| b | 9 | 22.2 | 22.2 |"]
     assert text.startswith("| | samples | dense | sparse |")
+    text = benchmark_table([{**dense, "rows": rows[:1]}, {**sparse, "rows": rows[1:]}])
+    assert text.splitlines()[2:] == ["| a | 9 | 1.0 | - |", "| b | 9 | - | 22.2 |"]
 
     def record(length, score):
         rows = [

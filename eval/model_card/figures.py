@@ -28,13 +28,14 @@ def stage_table(training: dict) -> str:
 
 
 def benchmark_table(records: list[dict]) -> str:
-    """Records of `eval benchmarks` as a Markdown table: a line a task, a column an attention."""
+    """Records of `eval benchmarks` as a Markdown table: a line a task, a column an attention; "-" was not measured."""
     columns: dict[str, dict[str, dict]] = {}
     for record in records:
         columns.setdefault(attention_of(record), {}).update({row["task"]: row for row in record["rows"]})
     lines = [f"| | samples | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
-    for task, row in next(iter(columns.values())).items():
-        scores = " | ".join(f"{rows[task]['score']:.1f}" for rows in columns.values())
+    tasks = {task: row for rows in columns.values() for task, row in rows.items()}
+    for task, row in tasks.items():
+        scores = " | ".join(f"{rows[task]['score']:.1f}" if task in rows else "-" for rows in columns.values())
         lines.append(f"| {task} | {row['samples']} | {scores} |")
     return "\n".join(lines)
 
