@@ -143,9 +143,11 @@ class Benchmark:
         worker = self.pool.get(name, CONTESTANTS[name].engine, need)
         if self.facts.get(name) != worker.facts:
             if name in self.facts:  # measured before, in a run that is gone on with
+                before = self.facts[name]
+                field = next(key for key in {**before, **worker.facts} if before.get(key) != worker.facts.get(key))
                 raise ValueError(
-                    f"{name} was measured as {self.facts[name]}, and now it is {worker.facts}: the figures do not "
-                    "belong together; go back to that, or choose another --output."
+                    f"{name} was measured with {field} {before.get(field)}, and now it is {worker.facts.get(field)}: "
+                    "the figures do not belong together; go back to that, or choose another --output."
                 )
             self.facts[name] = worker.facts
             self.records.add("worker", contestant=name, facts=worker.facts)

@@ -132,7 +132,7 @@ def lowbit_table(record: dict) -> str:
 
 def cpu_figures(load) -> list[str]:
     """What `kernels/cpu/README.md` shows; `load` reads a record."""
-    decode, prefill = load(DECODE), load(PREFILL)
+    decode, prefill, amx = load(DECODE), load(PREFILL), load(PREFILL_AMX)
     parts = [
         f"Medians, {_describe(prefill)}, contestants in turns. Inputs are random, which is the worst case: "
         "neighbouring queries share no more of their far blocks than chance has it.",
@@ -140,9 +140,9 @@ def cpu_figures(load) -> list[str]:
         prefill_table(prefill),
         "One token in one layer, keys not in any cache:",
         decode_table(decode),
-        f"A prompt on a processor with AMX, which PyTorch's attention and matrix product use as well: "
-        f"{_describe(load(PREFILL_AMX))}, instruction set `{load(PREFILL_AMX)['instruction_set']}`.",
-        prefill_table(load(PREFILL_AMX)),
+        "A prompt on a processor with AMX, which PyTorch's attention and matrix product use as well: "
+        f"{_describe(amx)}, instruction set `{amx['instruction_set']}`.",
+        prefill_table(amx),
     ]
     for path in SPEED:
         parts.append(
